@@ -1,0 +1,1 @@
+//! Wires one node together: configuration in, running tasks out.

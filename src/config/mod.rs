@@ -1,0 +1,1 @@
+//! kubelet flags and `KubeletConfiguration` become one validated `Config`.

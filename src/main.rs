@@ -1,0 +1,3 @@
+//! Argument dispatch, nothing else.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Pod namespaces, the built-in bridge network, host ports and DNS files.

@@ -1,0 +1,3 @@
+//! QoS, cgroups, quantities and statistics.
+
+pub mod quantity;

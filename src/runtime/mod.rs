@@ -1,0 +1,1 @@
+//! An OCI bundle from a Pod, and the client side of the shim.

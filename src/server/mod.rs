@@ -1,0 +1,1 @@
+//! The HTTPS endpoints of the node: authentication, authorization, logs, exec, statistics.

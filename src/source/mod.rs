@@ -1,0 +1,1 @@
+//! Where Pods come from: the API server and static manifests.
