@@ -1,1 +1,12 @@
 //! The heart: what a Pod should do next (`plan`), what it looks like (`status`) and the task that owns it (`worker`).
+
+pub mod backoff;
+mod conditions;
+pub mod effects;
+pub mod fold;
+pub mod model;
+pub mod plan;
+pub mod probes;
+pub mod rules;
+pub mod status;
+pub mod worker;

@@ -1,0 +1,119 @@
+//! The rules that both [`super::plan`] and [`super::status`] follow: restarts, the end of a Pod, grace periods.
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::model::{ContainerFacts, ContainerKind, ContainerSpec, Desired, Exit, Observed, Phase, RestartPolicy};
+
+/// kubelet grants at least one second between TERM and KILL (`calculateEffectiveGracePeriod`).
+pub const MIN_GRACE_SECONDS: i64 = 1;
+/// After preStop the container has at least this long for its own end (`minimumGracePeriodInSeconds`).
+pub const MIN_GRACE_AFTER_PRE_STOP_SECONDS: i64 = 2;
+
+/// Whether a container that ended like this is started again.
+///
+/// Source: `ShouldContainerBeRestarted` and `pkg/kubelet/container/helpers.go`; container-level policy and rules
+/// from KEP-5307.
+#[must_use]
+pub fn restarts(desired: &Desired, spec: &ContainerSpec, exit: &Exit) -> bool {
+    match spec.kind {
+        ContainerKind::Sidecar => return true,
+        ContainerKind::Ephemeral => return false,
+        ContainerKind::Init | ContainerKind::Main => {}
+    }
+    for rule in spec.container.restart_policy_rules.iter().flatten() {
+        let Some(codes) = &rule.exit_codes else { continue };
+        let listed = codes.values.iter().flatten().any(|code| *code == exit.code);
+        if listed == (codes.operator == "In") {
+            return rule.action == "Restart";
+        }
+    }
+    let policy = match spec.container.restart_policy.as_deref() {
+        Some("Never") => RestartPolicy::Never,
+        Some("OnFailure") => RestartPolicy::OnFailure,
+        Some("Always") => RestartPolicy::Always,
+        _ => desired.restart_policy(),
+    };
+    match policy {
+        RestartPolicy::Always => spec.kind == ContainerKind::Main || exit.code != 0,
+        RestartPolicy::OnFailure => exit.code != 0,
+        RestartPolicy::Never => false,
+    }
+}
+
+/// The phase in which the Pod has ended by itself: nothing of it will run again. Sidecars do not count.
+#[must_use]
+pub fn finished(desired: &Desired, observed: &Observed) -> Option<Phase> {
+    if !observed.initialized {
+        let failed = desired
+            .of_kind(ContainerKind::Init)
+            .any(|spec| exit_of(observed, spec).is_some_and(|exit| exit.code != 0 && !restarts(desired, spec, exit)));
+        return failed.then_some(Phase::Failed);
+    }
+    let mut all_zero = true;
+    for spec in desired.of_kind(ContainerKind::Main) {
+        let exit = exit_of(observed, spec)?;
+        if restarts(desired, spec, exit) {
+            return None;
+        }
+        all_zero &= exit.code == 0;
+    }
+    Some(if all_zero { Phase::Succeeded } else { Phase::Failed })
+}
+
+/// The phase of a Pod that was made to end: restart policies no longer count.
+#[must_use]
+pub fn phase_when_ended(desired: &Desired, observed: &Observed) -> Phase {
+    if observed.termination.as_ref().is_some_and(|t| t.verdict.is_some()) {
+        return Phase::Failed;
+    }
+    let all_zero =
+        desired.of_kind(ContainerKind::Main).all(|spec| exit_of(observed, spec).is_some_and(|exit| exit.code == 0));
+    if all_zero { Phase::Succeeded } else { Phase::Failed }
+}
+
+fn exit_of<'a>(observed: &'a Observed, spec: &ContainerSpec) -> Option<&'a Exit> {
+    observed.containers.get(spec.name()).and_then(ContainerFacts::exit)
+}
+
+/// Seconds of grace the Pod's end gets: the API's word on a deleted Pod, the Pod's own otherwise; at least one.
+#[must_use]
+pub fn grace_seconds(desired: &Desired) -> i64 {
+    let own = desired.pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds).unwrap_or(30);
+    desired
+        .pod
+        .metadata
+        .deletion_grace_period_seconds
+        .filter(|_| desired.is_deleted())
+        .unwrap_or(own)
+        .max(MIN_GRACE_SECONDS)
+}
+
+/// When the Pod's `activeDeadlineSeconds` run out.
+#[must_use]
+pub fn active_deadline(desired: &Desired, observed: &Observed) -> Option<Timestamp> {
+    let seconds = desired.pod.spec.as_ref()?.active_deadline_seconds?;
+    Some(observed.start_time? + SignedDuration::from_secs(seconds))
+}
+
+/// When a container that has ended, or could not be started, may be tried again; `None`: at once.
+#[must_use]
+pub fn next_try(desired: &Desired, facts: &ContainerFacts) -> Option<Timestamp> {
+    let after_failure = facts.waiting.as_ref().map(|waiting| waiting.retry_at);
+    let after_exit = facts.exit().and_then(|exit| {
+        facts.restart_backoff.until(exit.finished_at.unwrap_or(Timestamp::UNIX_EPOCH), desired.max_restart_delay)
+    });
+    after_failure.max(after_exit)
+}
+
+/// A duration as Go prints it: `10s`, `1m20s`, `5m0s`.
+#[must_use]
+pub fn go_seconds(seconds: i64) -> String {
+    let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if hours > 0 {
+        format!("{hours}h{minutes}m{rest}s")
+    } else if minutes > 0 {
+        format!("{minutes}m{rest}s")
+    } else {
+        format!("{rest}s")
+    }
+}

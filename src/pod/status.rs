@@ -1,0 +1,246 @@
+//! What a Pod looks like in the API: a pure function of what is wanted, what has happened and the time.
+//!
+//! Source: `generateAPIPodStatus`, `getPhase` and `convertToAPIContainerStatuses` in `pkg/kubelet/kubelet_pods.go`.
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{
+    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
+    ContainerUser, HostIP, LinuxContainerUser, PodIP, PodStatus, VolumeMountStatus,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::conditions::conditions;
+use super::model::{Admission, ContainerFacts, ContainerKind, ContainerSpec, Desired, Exit, Observed, Phase};
+use super::rules::{go_seconds, restarts};
+
+/// All termination messages of a Pod together, bytes (`MaxPodTerminationMessageLogLength`).
+const MAX_MESSAGES: usize = 12 * 1024;
+
+/// Computes the status. `base` is the newest status known, from the API or from this function: fields that others
+/// own and unchanged transition times are taken from it.
+#[must_use]
+pub fn status(desired: &Desired, observed: &Observed, base: &PodStatus, now: Timestamp) -> PodStatus {
+    let phase = phase(desired, observed);
+    let mut status = PodStatus {
+        phase: Some(phase.as_str().to_owned()),
+        start_time: observed.start_time.map(api_time),
+        observed_generation: desired.pod.metadata.generation,
+        ..base.clone()
+    };
+    if let Some(Admission::Rejected { reason, message }) = &observed.admission {
+        status.reason = Some(reason.clone());
+        status.message = Some(message.clone());
+        return status;
+    }
+    let verdict = observed.termination.as_ref().and_then(|t| t.verdict.as_ref()).filter(|_| phase.is_terminal());
+    status.reason = verdict.map(|v| v.reason.clone());
+    status.message = verdict.map(|v| v.message.clone());
+    if let Some(first) = observed.host_ips.first() {
+        status.host_ip = Some(first.clone());
+        status.host_ips = Some(observed.host_ips.iter().map(|ip| HostIP { ip: ip.clone() }).collect());
+    }
+    if let Some(first) = observed.pod_ips.first() {
+        status.pod_ip = Some(first.clone());
+        status.pod_ips = Some(observed.pod_ips.iter().map(|ip| PodIP { ip: ip.clone() }).collect());
+    }
+    let statuses = |kinds: &[ContainerKind]| -> Option<Vec<ContainerStatus>> {
+        let list: Vec<_> = desired
+            .containers
+            .iter()
+            .filter(|spec| kinds.contains(&spec.kind))
+            .map(|spec| container_status(desired, observed, spec, now))
+            .collect();
+        (!list.is_empty()).then_some(list)
+    };
+    status.init_container_statuses = statuses(&[ContainerKind::Init, ContainerKind::Sidecar]);
+    status.container_statuses = statuses(&[ContainerKind::Main]).map(sorted);
+    status.ephemeral_container_statuses = statuses(&[ContainerKind::Ephemeral]).map(sorted);
+    status.conditions = Some(conditions(desired, observed, &status, base, phase, now));
+    status
+}
+
+fn sorted(mut list: Vec<ContainerStatus>) -> Vec<ContainerStatus> {
+    list.sort_by(|a, b| a.name.cmp(&b.name));
+    list
+}
+
+/// The phase. Succeeded and Failed appear only when nothing of the Pod runs any more.
+#[must_use]
+pub fn phase(desired: &Desired, observed: &Observed) -> Phase {
+    if let Some(Admission::Rejected { .. }) = observed.admission {
+        return Phase::Failed;
+    }
+    if let Some(phase) = observed.final_phase {
+        return phase;
+    }
+    if !observed.initialized {
+        return Phase::Pending;
+    }
+    let mut waits = false;
+    let mut ran = false;
+    for spec in desired.of_kind(ContainerKind::Main) {
+        match observed.containers.get(spec.name()) {
+            Some(facts) if facts.is_running() || facts.exit().is_some() => ran = true,
+            _ => waits = true,
+        }
+    }
+    if waits || !ran { Phase::Pending } else { Phase::Running }
+}
+
+/// A time as the API keeps it: whole seconds.
+#[must_use]
+pub fn api_time(time: Timestamp) -> Time {
+    Time(Timestamp::from_second(time.as_second()).unwrap_or(time))
+}
+
+fn container_status(desired: &Desired, observed: &Observed, spec: &ContainerSpec, now: Timestamp) -> ContainerStatus {
+    let none = ContainerFacts::default();
+    let facts = observed.containers.get(spec.name()).unwrap_or(&none);
+    let limit = MAX_MESSAGES / desired.containers.len().max(1);
+    let running = facts.is_running();
+    let started = running && facts.probes.is_started(&spec.container);
+    let ready = match spec.kind {
+        ContainerKind::Init => facts.exit().is_some_and(|exit| exit.code == 0),
+        ContainerKind::Ephemeral => false,
+        ContainerKind::Sidecar | ContainerKind::Main => running && facts.probes.is_ready(&spec.container),
+    };
+    let (state, last_state) = states(desired, observed, spec, facts, limit, now);
+    let instance = facts.current.as_ref();
+    ContainerStatus {
+        name: spec.name().to_owned(),
+        image: instance.map_or_else(|| spec.image().to_owned(), |i| i.image.clone()),
+        image_id: instance.map(|i| i.image_id.clone()).unwrap_or_default(),
+        container_id: instance.map(|i| container_id(&i.id)),
+        restart_count: i32::try_from(facts.restart_count()).unwrap_or(i32::MAX),
+        started: Some(started),
+        ready,
+        state: Some(state),
+        last_state: last_state
+            .map(|exit| ContainerState { terminated: Some(terminated(exit, limit)), ..ContainerState::default() }),
+        resources: instance.and_then(|_| spec.container.resources.clone()),
+        allocated_resources: instance.and_then(|_| spec.container.resources.as_ref().and_then(|r| r.requests.clone())),
+        user: instance.and_then(|i| i.user.clone()).map(|(uid, gid, groups)| ContainerUser {
+            linux: Some(LinuxContainerUser { uid, gid, supplemental_groups: Some(groups) }),
+        }),
+        volume_mounts: volume_mounts(spec),
+        ..ContainerStatus::default()
+    }
+}
+
+/// The container's ID as the API shows it.
+#[must_use]
+pub fn container_id(id: &str) -> String {
+    format!("gantry://{id}")
+}
+
+fn volume_mounts(spec: &ContainerSpec) -> Option<Vec<VolumeMountStatus>> {
+    let list: Vec<_> = spec
+        .container
+        .volume_mounts
+        .iter()
+        .flatten()
+        .map(|mount| {
+            let read_only = mount.read_only.unwrap_or(false);
+            let recursive = matches!(mount.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible"));
+            VolumeMountStatus {
+                name: mount.name.clone(),
+                mount_path: mount.mount_path.clone(),
+                read_only: read_only.then_some(true),
+                recursive_read_only: read_only
+                    .then(|| if recursive { "Enabled".to_owned() } else { "Disabled".to_owned() }),
+                volume_status: None,
+            }
+        })
+        .collect();
+    (!list.is_empty()).then_some(list)
+}
+
+fn states<'a>(
+    desired: &Desired,
+    observed: &Observed,
+    spec: &ContainerSpec,
+    facts: &'a ContainerFacts,
+    limit: usize,
+    now: Timestamp,
+) -> (ContainerState, Option<&'a Exit>) {
+    let waiting = |reason: &str, message: Option<String>| ContainerState {
+        waiting: Some(ContainerStateWaiting { reason: Some(reason.to_owned()), message }),
+        ..ContainerState::default()
+    };
+    if let Some(instance) = facts.current.as_ref().filter(|i| i.is_running() && (i.post_started || i.stop.is_some())) {
+        let running = ContainerStateRunning { started_at: instance.started_at.map(api_time) };
+        let state = ContainerState { running: Some(running), ..ContainerState::default() };
+        return (state, facts.previous.as_ref());
+    }
+    // a container that will not be tried again keeps the state in which it ended
+    let over = observed.final_phase.is_some() || observed.termination.is_some();
+    if let Some(exit) = facts.exit() {
+        let again = !over && restarts(desired, spec, exit);
+        let terminated_state =
+            ContainerState { terminated: Some(terminated(exit, limit)), ..ContainerState::default() };
+        if !again {
+            return (terminated_state, facts.previous.as_ref());
+        }
+        if let Some(failure) = &facts.waiting {
+            let (reason, message) = shown_failure(spec, failure, now);
+            return (waiting(&reason, Some(message)), Some(exit));
+        }
+        let until = facts.restart_backoff.until(exit.finished_at.unwrap_or(now), desired.max_restart_delay);
+        if until.is_some_and(|until| until > now) {
+            let message = crash_loop_message(desired, spec, facts.restart_backoff.delay);
+            return (waiting("CrashLoopBackOff", Some(message)), Some(exit));
+        }
+        return (terminated_state, facts.previous.as_ref());
+    }
+    if let Some(failure) = facts.waiting.as_ref().filter(|_| !over) {
+        let (reason, message) = shown_failure(spec, failure, now);
+        return (waiting(&reason, Some(message)), facts.previous.as_ref());
+    }
+    let has_init = desired.containers.iter().any(|c| matches!(c.kind, ContainerKind::Init | ContainerKind::Sidecar));
+    let reason = if has_init && !observed.initialized { "PodInitializing" } else { "ContainerCreating" };
+    (waiting(reason, None), facts.previous.as_ref())
+}
+
+/// `back-off 10s restarting failed container=c pod=p_ns(uid)`.
+#[must_use]
+pub fn crash_loop_message(desired: &Desired, spec: &ContainerSpec, delay: i64) -> String {
+    let meta = &desired.pod.metadata;
+    format!(
+        "back-off {} restarting failed container={} pod={}_{}({})",
+        go_seconds(delay),
+        spec.name(),
+        meta.name.as_deref().unwrap_or_default(),
+        meta.namespace.as_deref().unwrap_or_default(),
+        desired.uid()
+    )
+}
+
+/// A failed pull is `ErrImagePull` when it happens and `ImagePullBackOff` while the next one is waited for.
+fn shown_failure(spec: &ContainerSpec, failure: &super::model::Waiting, now: Timestamp) -> (String, String) {
+    let waits = failure.retry_at > now && now.duration_since(failure.since).as_secs() >= PULL_ERROR_SECONDS;
+    if waits && matches!(failure.reason.as_str(), "ErrImagePull" | "RegistryUnavailable") {
+        let message = format!("Back-off pulling image \"{}\": ErrImagePull: {}", spec.image(), failure.message);
+        return ("ImagePullBackOff".to_owned(), message);
+    }
+    (failure.reason.clone(), failure.message.clone())
+}
+
+/// How long a failed pull is shown as such before it is shown as back-off, seconds.
+pub const PULL_ERROR_SECONDS: i64 = 2;
+
+fn terminated(exit: &Exit, limit: usize) -> ContainerStateTerminated {
+    let mut end = exit.message.len().min(limit);
+    while !exit.message.is_char_boundary(end) {
+        end -= 1;
+    }
+    ContainerStateTerminated {
+        container_id: Some(container_id(&exit.id)),
+        exit_code: exit.code,
+        signal: (exit.signal != 0).then_some(exit.signal),
+        reason: Some(exit.reason.clone()),
+        message: (end > 0).then(|| exit.message[..end].to_owned()),
+        // Go writes an unset time as null; the epoch marks a container that never ran, as containerd does
+        started_at: Some(api_time(exit.started_at.unwrap_or(Timestamp::UNIX_EPOCH))),
+        finished_at: exit.finished_at.map(api_time),
+    }
+}
