@@ -111,8 +111,8 @@ fn initialized(desired: &Desired, observed: &Observed, status: &PodStatus, phase
         .containers
         .iter()
         .filter(|spec| match spec.kind {
-            ContainerKind::Init => !find(list, spec.name()).is_some_and(|c| c.ready),
-            ContainerKind::Sidecar => !find(list, spec.name()).is_some_and(|c| c.started == Some(true)),
+            ContainerKind::Init => find(list, spec.name()).is_none_or(|c| !c.ready),
+            ContainerKind::Sidecar => find(list, spec.name()).is_none_or(|c| c.started != Some(true)),
             ContainerKind::Main | ContainerKind::Ephemeral => false,
         })
         .map(|spec| spec.name())
@@ -139,9 +139,9 @@ fn containers_ready(desired: &Desired, status: &PodStatus, phase: Phase) -> Draf
         .iter()
         .filter(|spec| match spec.kind {
             ContainerKind::Sidecar => {
-                !find(status.init_container_statuses.as_ref(), spec.name()).is_some_and(|c| c.ready)
+                find(status.init_container_statuses.as_ref(), spec.name()).is_none_or(|c| !c.ready)
             }
-            ContainerKind::Main => !find(status.container_statuses.as_ref(), spec.name()).is_some_and(|c| c.ready),
+            ContainerKind::Main => find(status.container_statuses.as_ref(), spec.name()).is_none_or(|c| !c.ready),
             ContainerKind::Init | ContainerKind::Ephemeral => false,
         })
         .map(|spec| spec.name())

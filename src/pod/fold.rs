@@ -79,16 +79,19 @@ pub fn from_status(desired: &Desired, known: &PodStatus) -> Observed {
     if observed.final_phase.is_some() {
         return observed;
     }
-    // init containers run again in a new sandbox; those that the Pod has got past are not forgotten
+    prepare_again(desired, &mut observed);
+    observed
+}
+
+/// Init containers prepare a sandbox: a new one needs them again. What they did before stays as their last state.
+fn prepare_again(desired: &Desired, observed: &mut Observed) {
     observed.initialized &= desired.of_kind(ContainerKind::Init).next().is_none();
     for spec in desired.of_kind(ContainerKind::Init) {
-        if let Some(facts) = observed.containers.get_mut(spec.name()) {
-            if let Some(Instance { exit: Some(exit), .. }) = facts.current.take() {
-                facts.previous = Some(exit);
-            }
+        let Some(facts) = observed.containers.get_mut(spec.name()) else { continue };
+        if let Some(Instance { exit: Some(exit), .. }) = facts.current.take() {
+            facts.previous = Some(exit);
         }
     }
-    observed
 }
 
 fn facts_from(status: &ContainerStatus) -> ContainerFacts {
@@ -176,7 +179,52 @@ fn with_stop(observed: &mut Observed, name: &str, change: impl FnOnce(&mut super
     }
 }
 
-/// Notes what the runtime saw. Returns the container that has ended, if one has.
+/// A container that the next life of the agent finds on the node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Found {
+    /// The container's name in its Pod.
+    pub name: String,
+    /// What is known of it from disk and from the shim.
+    pub instance: Instance,
+}
+
+/// Brings a record up to what is found on the node after the agent was away; `alive`: the shim answers.
+///
+/// The record may be behind (an instance was started, or ended, after it was written) but never ahead.
+pub fn adopt(desired: &Desired, observed: &mut Observed, found: &[Found], alive: bool, now: Timestamp) {
+    let mut found: Vec<&Found> = found.iter().collect();
+    found.sort_by_key(|f| f.instance.attempt);
+    for Found { name, instance } in &found {
+        let current = observed.containers.get_mut(name).and_then(|facts| facts.current.as_mut());
+        match current {
+            Some(known) if known.id == instance.id => {
+                known.started_at = known.started_at.or(instance.started_at);
+                if known.exit.is_none() {
+                    known.exit.clone_from(&instance.exit);
+                }
+            }
+            Some(known) if known.attempt >= instance.attempt => {}
+            // created and never started: the runtime removes it
+            _ if instance.started_at.is_none() && instance.exit.is_none() => {}
+            _ => started(desired, observed, name, instance),
+        }
+    }
+    for (name, facts) in &mut observed.containers {
+        // a signal is noted before it is sent: whether it was is not known, and twice is better than never
+        if let Some(stop) = facts.current.as_mut().and_then(|instance| instance.stop.as_mut()) {
+            (stop.signalled, stop.killed) = (false, false);
+        }
+        let known = |id: &str| found.iter().any(|f| &f.name == name && f.instance.id == id);
+        if let Some(instance) = facts.current.as_mut().filter(|i| i.is_running() && !known(&i.id)) {
+            instance.exit = Some(Exit { finished_at: Some(now), ..lost(instance.id.clone(), instance.started_at) });
+        }
+    }
+    if !alive && observed.sandbox == Sandbox::Ready {
+        runtime_event(desired, observed, &RuntimeEvent::SandboxLost, now);
+    }
+}
+
+/// Notes what the runtime saw. Returns the container that has ended, if one that is known has.
 pub fn runtime_event(
     desired: &Desired,
     observed: &mut Observed,
@@ -204,15 +252,7 @@ pub fn runtime_event(
             }
             if !observed.torn_down && observed.sandbox == Sandbox::Ready {
                 observed.sandbox = Sandbox::Lost;
-                // init containers prepare a sandbox: a new one needs them again
-                observed.initialized &= desired.of_kind(ContainerKind::Init).next().is_none();
-                for spec in desired.of_kind(ContainerKind::Init) {
-                    if let Some(facts) = observed.containers.get_mut(spec.name()) {
-                        if let Some(Instance { exit: Some(exit), .. }) = facts.current.take() {
-                            facts.previous = Some(exit);
-                        }
-                    }
-                }
+                prepare_again(desired, observed);
             }
             None
         }

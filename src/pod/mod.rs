@@ -8,5 +8,7 @@ pub mod model;
 pub mod plan;
 pub mod probes;
 pub mod rules;
+#[cfg(test)]
+mod simulation;
 pub mod status;
 pub mod worker;

@@ -330,7 +330,8 @@ fn candidates<'a>(desired: &'a Desired, observed: &Observed) -> Vec<&'a Containe
                 if !facts.is_running() {
                     list.push(spec);
                 }
-                if !observed.initialized && !(facts.is_running() && facts.probes.is_started(&spec.container)) {
+                let started = facts.is_running() && facts.probes.is_started(&spec.container);
+                if !observed.initialized && !started {
                     return list;
                 }
             }

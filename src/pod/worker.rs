@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::effects::{ApiAnswer, Effects, Outcome, Request, RuntimeEvent};
 use super::fold;
-use super::model::{Admission, Desired, Observed, Termination, Verdict};
+use super::model::{Admission, Desired, Exit, Observed, Termination, Verdict};
 use super::plan::{Action, Plan, plan, settle};
 use super::rules::grace_seconds;
 use super::status::status;
@@ -43,7 +43,7 @@ pub enum Message {
     /// An action is over.
     Finished(Action, Outcome),
     /// A report is over.
-    Reported(PodStatus, ApiAnswer),
+    Reported(Box<PodStatus>, ApiAnswer),
     /// A deletion is over.
     Deleted(ApiAnswer),
     /// The agent stops: leave everything as it is.
@@ -60,6 +60,8 @@ pub struct Worker<E> {
     sender: mpsc::Sender<Message>,
     inbox: mpsc::Receiver<Message>,
     removed: bool,
+    /// Exits of instances whose start has not been reported yet: a quick process can be over before.
+    early_exits: Vec<Exit>,
     api: ApiView,
 }
 
@@ -98,6 +100,7 @@ impl<E: Effects> Worker<E> {
             sender: sender.clone(),
             inbox,
             removed: false,
+            early_exits: Vec::new(),
             api,
         };
         (worker, sender)
@@ -218,12 +221,7 @@ impl<E: Effects> Worker<E> {
         match message {
             Message::Desired(desired) => self.take_desired(*desired),
             Message::Removed => self.removed = true,
-            Message::Runtime(event) => {
-                let crashed = fold::runtime_event(&self.desired, &mut self.observed, &event, now);
-                if let Some(name) = crashed {
-                    self.back_off_event(&name, now);
-                }
-            }
+            Message::Runtime(event) => self.take_runtime(event, now),
             Message::Terminate { verdict, grace } => {
                 let termination = self
                     .observed
@@ -237,7 +235,7 @@ impl<E: Effects> Worker<E> {
                 }
             }
             Message::Finished(action, outcome) => self.take_outcome(&action, outcome, now),
-            Message::Reported(sent, answer) => self.take_report(sent, answer, now),
+            Message::Reported(sent, answer) => self.take_report(*sent, answer, now),
             Message::Deleted(answer) => {
                 self.api.in_flight = false;
                 match answer {
@@ -250,6 +248,17 @@ impl<E: Effects> Worker<E> {
                 }
             }
             Message::Detach => {}
+        }
+    }
+
+    fn take_runtime(&mut self, event: RuntimeEvent, now: Timestamp) {
+        let crashed = fold::runtime_event(&self.desired, &mut self.observed, &event, now);
+        match (crashed, event) {
+            (Some(name), _) => self.back_off_event(&name, now),
+            (None, RuntimeEvent::Exited(exit)) if self.running.keys().any(|a| matches!(a, Action::Start(_))) => {
+                self.early_exits.push(exit);
+            }
+            _ => {}
         }
     }
 
@@ -280,8 +289,14 @@ impl<E: Effects> Worker<E> {
                 None => self.effects.event(&self.desired, event.warning, &event.reason, &event.message, None),
             }
         }
-        if let (Action::Start(name), Outcome::StartError(_)) = (action, &outcome) {
-            self.back_off_event(name, now);
+        match (action, &outcome) {
+            (Action::Start(name), Outcome::StartError(_)) => self.back_off_event(name, now),
+            (Action::Start(_), Outcome::Started(_)) => {
+                for exit in std::mem::take(&mut self.early_exits) {
+                    self.take_runtime(RuntimeEvent::Exited(exit), now);
+                }
+            }
+            _ => {}
         }
     }
 
@@ -361,7 +376,7 @@ impl<E: Effects> Worker<E> {
             let base = self.api.status.clone();
             tokio::spawn(async move {
                 let answer = effects.report(desired, base, current.clone()).await;
-                let _ = sender.send(Message::Reported(current, answer)).await;
+                let _ = sender.send(Message::Reported(Box::new(current), answer)).await;
             });
             return None;
         }

@@ -1,0 +1,600 @@
+//! The real worker on a virtual clock, with a runtime and an API server that fail, stall and crash the agent.
+//!
+//! Every history comes from a seed that is printed when a property breaks; `GANTRY_SIM_SEED` replays one.
+
+use std::collections::BTreeMap;
+use std::future::{Future, pending};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use fastrand::Rng;
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Container, Lifecycle, LifecycleHandler, Pod, PodSpec, PodStatus, Probe};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+
+use super::effects::{ApiAnswer, Effects, Failure, Outcome, Request, RuntimeEvent};
+use super::fold::{self, Found};
+use super::model::{Admission, Desired, Exit, Instance, Observed};
+use super::plan::Action;
+use super::worker::{Message, Worker};
+
+const EPOCH: i64 = 1_800_000_000;
+
+/// One Pod's world: what is really on the node and in the API server, whatever the agent believes.
+struct World {
+    seed: u64,
+    origin: Instant,
+    state: Mutex<State>,
+}
+
+struct State {
+    rng: Rng,
+    life: u32,
+    record: Option<Observed>,
+    containers: Vec<Fake>,
+    worker: Option<mpsc::Sender<Message>>,
+    pod: Option<Pod>,
+    version: u64,
+    sandbox: bool,
+    torn_down: bool,
+    deleted_at: Option<(Timestamp, i64)>,
+    crashes: BTreeMap<String, Vec<(Timestamp, Timestamp)>>,
+    over: bool,
+}
+
+struct Fake {
+    name: String,
+    instance: Instance,
+    ignores_term: bool,
+    termed_at: Option<Timestamp>,
+}
+
+impl World {
+    fn now(&self) -> Timestamp {
+        let elapsed = i64::try_from(self.origin.elapsed().as_millis()).unwrap();
+        Timestamp::from_second(EPOCH).unwrap() + SignedDuration::from_millis(elapsed)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    #[track_caller]
+    fn check(&self, holds: bool, property: &str) {
+        assert!(holds, "seed {}: {property}", self.seed);
+    }
+
+    /// The container's process ends, once.
+    fn end(self: &Arc<Self>, id: &str, code: i32, signal: i32) {
+        let now = self.now();
+        let (exit, worker) = {
+            let mut state = self.state();
+            let Some(fake) = state.containers.iter_mut().find(|c| c.instance.id == id) else { return };
+            if fake.instance.exit.is_some() {
+                return;
+            }
+            let exit = Exit {
+                id: id.to_owned(),
+                code,
+                signal,
+                reason: if code == 0 { "Completed" } else { "Error" }.to_owned(),
+                message: String::new(),
+                started_at: fake.instance.started_at,
+                finished_at: Some(now),
+            };
+            fake.instance.exit = Some(exit.clone());
+            (exit, state.worker.clone())
+        };
+        if let Some(worker) = worker {
+            // the worker of a dead life does not read: its successor finds the exit on disk
+            let _ = worker.try_send(Message::Runtime(RuntimeEvent::Exited(exit)));
+        }
+    }
+}
+
+/// One life of the agent.
+struct Life {
+    world: Arc<World>,
+    number: u32,
+}
+
+impl Life {
+    async fn alive(&self) {
+        if self.world.state().life != self.number {
+            pending::<()>().await;
+        }
+    }
+
+    /// A step of the world that takes a while and may be cut short by a crash.
+    async fn step(&self, longest_ms: u64) {
+        let ms = self.world.state().rng.u64(0..=longest_ms);
+        sleep(Duration::from_millis(ms)).await;
+        self.alive().await;
+    }
+
+    fn chance(&self, percent: u32) -> bool {
+        self.world.state().rng.u32(0..100) < percent
+    }
+
+    async fn start(&self, request: &Request, name: &str) -> Outcome {
+        let pull_ms = if self.chance(20) { 30_000 } else { 400 };
+        tokio::select! {
+            () = self.step(pull_ms) => {}
+            () = request.cancel.cancelled() => return Outcome::Cancelled,
+        }
+        if self.chance(8) {
+            return Outcome::Failed(Failure::new("ErrImagePull", "no such image"));
+        }
+        if self.chance(4) {
+            return Outcome::Failed(Failure::new("CreateContainerConfigError", "configmap \"x\" not found"));
+        }
+        let world = &self.world;
+        let facts = request.observed.containers.get(name).cloned().unwrap_or_default();
+        let mut instance = Instance {
+            id: format!("{:016x}", world.state().rng.u64(..)),
+            attempt: facts.next_attempt,
+            requested_image: "image".to_owned(),
+            image: "image".to_owned(),
+            image_id: "image@sha256:0".to_owned(),
+            started_at: None,
+            post_started: false,
+            stop: None,
+            exit: None,
+            user: None,
+        };
+        // as the node does: what an interrupted life created and never started goes first
+        {
+            let mut state = world.state();
+            state.containers.retain(|c| c.name != name || c.instance.started_at.is_some());
+            let ignores_term = state.rng.u8(0..4) == 0;
+            let fake = Fake { name: name.to_owned(), instance: instance.clone(), ignores_term, termed_at: None };
+            state.containers.push(fake);
+        }
+        self.step(30).await;
+        if self.chance(3) {
+            let exit = Exit {
+                id: instance.id.clone(),
+                code: 128,
+                signal: 0,
+                reason: "StartError".to_owned(),
+                message: "no such file".to_owned(),
+                started_at: None,
+                finished_at: Some(world.now()),
+            };
+            instance.exit = Some(exit);
+            let mut state = world.state();
+            if let Some(fake) = state.containers.iter_mut().find(|c| c.instance.id == instance.id) {
+                fake.instance = instance.clone();
+            }
+            return Outcome::StartError(Box::new(instance));
+        }
+        let now = world.now();
+        instance.started_at = Some(now);
+        let (code, seconds) = {
+            let mut state = world.state();
+            let twice = state
+                .containers
+                .iter()
+                .any(|c| c.name == name && c.instance.started_at.is_some() && c.instance.exit.is_none());
+            assert!(!twice, "seed {}: {name} runs twice", world.seed);
+            assert!(state.sandbox && !state.torn_down, "seed {}: start without a sandbox", world.seed);
+            let exits: Vec<_> = state
+                .containers
+                .iter()
+                .filter(|c| c.name == name)
+                .filter_map(|c| c.instance.exit.as_ref()?.finished_at)
+                .collect();
+            if let Some(finished) = exits.last() {
+                state.crashes.entry(name.to_owned()).or_default().push((*finished, now));
+            }
+            if let Some(fake) = state.containers.iter_mut().find(|c| c.instance.id == instance.id) {
+                fake.instance.started_at = Some(now);
+            }
+            let init = name.starts_with("init");
+            let code = *[0, 0, 1, 3].get(state.rng.usize(0..4)).unwrap();
+            let long = !init && state.rng.u8(0..3) == 0;
+            let seconds = if long { state.rng.u64(100..1500) } else { state.rng.u64(0..20) };
+            (code, seconds)
+        };
+        let (world, id) = (self.world.clone(), instance.id.clone());
+        tokio::spawn(async move {
+            sleep(Duration::from_secs(seconds)).await;
+            world.end(&id, code, 0);
+        });
+        self.step(20).await;
+        Outcome::Started(Box::new(instance))
+    }
+
+    fn signal(&self, request: &Request, name: &str, kill: bool) -> Outcome {
+        let world = self.world.clone();
+        let Some(id) = request.observed.containers.get(name).and_then(|f| f.current.as_ref()).map(|i| i.id.clone())
+        else {
+            return Outcome::Done;
+        };
+        let now = world.now();
+        let (ignores, delay) = {
+            let mut state = world.state();
+            let delay = state.rng.u64(0..3000);
+            let Some(fake) = state.containers.iter_mut().find(|c| c.instance.id == id) else { return Outcome::Done };
+            if kill && fake.instance.exit.is_none() {
+                let stop = request.observed.containers[name].current.as_ref().and_then(|i| i.stop.clone()).unwrap();
+                let late = now.duration_since(stop.deadline);
+                assert!(
+                    late >= SignedDuration::ZERO && late < SignedDuration::from_secs(1),
+                    "seed {}: {name} killed {late} after its deadline",
+                    world.seed
+                );
+            } else if !kill {
+                fake.termed_at.get_or_insert(now);
+            }
+            (fake.ignores_term, delay)
+        };
+        if kill {
+            world.end(&id, 137, 9);
+        } else if !ignores {
+            tokio::spawn(async move {
+                sleep(Duration::from_millis(delay)).await;
+                world.end(&id, 143, 15);
+            });
+        }
+        Outcome::Done
+    }
+}
+
+impl Effects for Life {
+    async fn perform(&self, request: Request) -> Outcome {
+        self.alive().await;
+        let flaky = |life: &Life, reason: &str| {
+            life.chance(10).then(|| Outcome::Failed(Failure::new(reason, "the world is not ready")))
+        };
+        match &request.action {
+            Action::Admit => Outcome::Admitted(Admission::Admitted),
+            Action::MountVolumes => {
+                self.step(200).await;
+                flaky(self, "FailedMount").unwrap_or(Outcome::Done)
+            }
+            Action::SetUpSandbox => {
+                self.step(100).await;
+                if let Some(failed) = flaky(self, "FailedCreatePodSandBox") {
+                    return failed;
+                }
+                self.world.state().sandbox = true;
+                Outcome::SandboxUp { pod_ips: vec!["10.0.0.2".to_owned()] }
+            }
+            Action::ClearSandbox => {
+                self.world.state().sandbox = false;
+                Outcome::Done
+            }
+            Action::Start(name) => self.start(&request, name).await,
+            Action::PostStart(_) | Action::PreStop(_) => {
+                tokio::select! {
+                    () = self.step(40_000) => {}
+                    () = request.cancel.cancelled() => return Outcome::Cancelled,
+                }
+                let reason = if matches!(request.action, Action::PostStart(_)) {
+                    "FailedPostStartHook"
+                } else {
+                    "FailedPreStopHook"
+                };
+                flaky(self, reason).unwrap_or(Outcome::Done)
+            }
+            Action::Term(name) => self.signal(&request, name, false),
+            Action::Kill(name) => self.signal(&request, name, true),
+            Action::Probe(..) => {
+                let began = self.world.now();
+                self.step(900).await;
+                let success =
+                    [Some(true), Some(true), Some(true), Some(false), None][self.world.state().rng.usize(0..5)];
+                Outcome::Probed { began, success, message: "probe".to_owned() }
+            }
+            Action::TearDown => {
+                self.step(500).await;
+                if let Some(failed) = flaky(self, "FailedKillPod") {
+                    return failed;
+                }
+                let mut state = self.world.state();
+                let left =
+                    state.containers.iter().any(|c| c.instance.started_at.is_some() && c.instance.exit.is_none());
+                assert!(!left, "seed {}: torn down while a container runs", self.world.seed);
+                state.torn_down = true;
+                state.sandbox = false;
+                Outcome::Done
+            }
+        }
+    }
+
+    fn save(&self, _: &Desired, observed: &Observed) {
+        let mut state = self.world.state();
+        if state.life == self.number {
+            // through the file format, as on a real node
+            let text = serde_json::to_string(observed).unwrap();
+            state.record = Some(serde_json::from_str(&text).unwrap());
+        }
+    }
+
+    async fn report(&self, _: Arc<Desired>, _: PodStatus, status: PodStatus) -> ApiAnswer {
+        self.step(50).await;
+        if self.chance(10) {
+            return ApiAnswer::Failed("connection refused".to_owned());
+        }
+        let answer = {
+            let mut state = self.world.state();
+            state.version += 1;
+            let version = state.version.to_string();
+            let Some(pod) = state.pod.as_mut() else { return ApiAnswer::Gone };
+            let old = pod.status.replace(status.clone()).unwrap_or_default();
+            pod.metadata.resource_version = Some(version.clone());
+            check_transition(self.world.seed, &old, &status);
+            ApiAnswer::Accepted { status: Box::new(status), resource_version: Some(version) }
+        };
+        // the answer may be lost on its way although the server has it
+        self.step(20).await;
+        if self.chance(5) { ApiAnswer::Failed("timeout".to_owned()) } else { answer }
+    }
+
+    async fn delete(&self, _: Arc<Desired>) -> ApiAnswer {
+        self.step(50).await;
+        let mut state = self.world.state();
+        let phase = state.pod.as_ref().and_then(|p| p.status.as_ref()).and_then(|s| s.phase.clone());
+        self.world.check(
+            matches!(phase.as_deref(), None | Some("Succeeded" | "Failed")),
+            "deleted before the terminal phase was reported",
+        );
+        state.pod = None;
+        if let Some(worker) = &state.worker {
+            let _ = worker.try_send(Message::Removed);
+        }
+        ApiAnswer::Gone
+    }
+
+    async fn forget(&self, _: Arc<Desired>) {
+        self.alive().await;
+        self.world.state().over = true;
+    }
+
+    fn publish(&self, _: &Arc<Desired>, _: &Arc<Observed>, _: &PodStatus) {}
+
+    fn event(&self, _: &Desired, _: bool, _: &str, _: &str, _: Option<String>) {}
+
+    fn now(&self) -> Timestamp {
+        self.world.now()
+    }
+
+    fn sleep_until(&self, at: Timestamp) -> impl Future<Output = ()> + Send {
+        let wait = at.duration_since(self.world.now());
+        sleep(Duration::try_from(wait).unwrap_or_default())
+    }
+
+    fn host_ips(&self) -> Vec<String> {
+        vec!["192.0.2.1".to_owned()]
+    }
+}
+
+fn check_transition(seed: u64, old: &PodStatus, new: &PodStatus) {
+    let terminal = |s: &PodStatus| matches!(s.phase.as_deref(), Some("Succeeded" | "Failed"));
+    assert!(!terminal(old) || old.phase == new.phase, "seed {seed}: left phase {:?} for {:?}", old.phase, new.phase);
+    let ready = |s: &PodStatus| s.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
+    assert!(!(terminal(new) && ready(new)), "seed {seed}: terminal and ready");
+    for before in old.container_statuses.iter().flatten() {
+        let after = new.container_statuses.iter().flatten().find(|c| c.name == before.name);
+        let after = after.unwrap_or_else(|| panic!("seed {seed}: no status for {}", before.name));
+        assert!(after.restart_count >= before.restart_count, "seed {seed}: restart count of {} fell", before.name);
+    }
+    assert!(old.start_time.is_none() || old.start_time == new.start_time, "seed {seed}: start time changed");
+}
+
+fn generate(rng: &mut Rng) -> Pod {
+    let probe = |rng: &mut Rng| {
+        rng.bool().then(|| Probe {
+            period_seconds: Some(rng.i32(2..20)),
+            failure_threshold: Some(rng.i32(1..4)),
+            initial_delay_seconds: Some(rng.i32(0..5)),
+            ..Probe::default()
+        })
+    };
+    let container = |rng: &mut Rng, name: String| {
+        let hook = |rng: &mut Rng| (rng.u8(0..5) == 0).then(LifecycleHandler::default);
+        Container {
+            name,
+            image: Some("image".to_owned()),
+            liveness_probe: probe(rng),
+            readiness_probe: probe(rng),
+            startup_probe: (rng.u8(0..4) == 0).then(|| probe(rng)).flatten(),
+            lifecycle: Some(Lifecycle { post_start: hook(rng), pre_stop: hook(rng), stop_signal: None }),
+            ..Container::default()
+        }
+    };
+    let mut init = Vec::new();
+    for i in 0..rng.usize(0..3) {
+        let sidecar = rng.bool();
+        let name = if sidecar { format!("sidecar{i}") } else { format!("init{i}") };
+        let mut one = container(rng, name);
+        if sidecar {
+            one.restart_policy = Some("Always".to_owned());
+        } else {
+            (one.liveness_probe, one.readiness_probe, one.startup_probe, one.lifecycle) = (None, None, None, None);
+        }
+        init.push(one);
+    }
+    let main = (0..rng.usize(1..4)).map(|i| container(rng, format!("main{i}"))).collect();
+    let policy = ["Always", "OnFailure", "Never"][rng.usize(0..3)];
+    Pod {
+        metadata: ObjectMeta {
+            name: Some("pod".to_owned()),
+            namespace: Some("default".to_owned()),
+            uid: Some("uid".to_owned()),
+            resource_version: Some("1".to_owned()),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PodSpec {
+            init_containers: Some(init),
+            containers: main,
+            restart_policy: Some(policy.to_owned()),
+            termination_grace_period_seconds: Some(rng.i64(0..60)),
+            active_deadline_seconds: (rng.u8(0..6) == 0).then(|| rng.i64(1..1000)),
+            ..PodSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// Lives one history: the Pod starts, the agent crashes now and then, the Pod is deleted, and in the end it is gone.
+async fn live(seed: u64) {
+    let mut rng = Rng::with_seed(seed);
+    let pod = generate(&mut rng);
+    let crash_every = [0_u64, 4, 30, 300][rng.usize(0..4)];
+    // frequent crashes in short histories, so that no seed is much longer than another
+    let delete_after = rng.u64(0..if crash_every == 4 { 60 } else { 900 });
+    let shorten = rng.u8(0..4) == 0;
+    let world = Arc::new(World {
+        seed,
+        origin: Instant::now(),
+        state: Mutex::new(State {
+            rng: rng.fork(),
+            life: 0,
+            record: None,
+            containers: Vec::new(),
+            worker: None,
+            pod: Some(pod),
+            version: 1,
+            sandbox: false,
+            torn_down: false,
+            deleted_at: None,
+            crashes: BTreeMap::new(),
+            over: false,
+        }),
+    });
+    begin_life(&world);
+    let deadline = world.origin + Duration::from_secs(delete_after);
+    let mut shortened = false;
+    let limit = world.origin + Duration::from_secs(delete_after + 3_600);
+    loop {
+        let pause = if crash_every == 0 { 30_000 } else { rng.u64(1..=crash_every * 1000) };
+        sleep(Duration::from_millis(pause)).await;
+        if world.state().over {
+            break;
+        }
+        if Instant::now() >= limit {
+            let state = world.state();
+            panic!("seed {seed}: a deleted Pod does not end: {:?} {:?}", state.record, state.pod);
+        }
+        // the agent dies for a while, but not for ever: grace is judged from when it looks
+        let quiet = Instant::now() > deadline;
+        if crash_every != 0 && !(quiet && rng.bool()) {
+            begin_life(&world);
+        }
+        if quiet {
+            let grace = world.state().pod.as_ref().and_then(|p| p.spec.as_ref()?.termination_grace_period_seconds);
+            let grace = if shortened || shorten { 1 } else { grace.unwrap_or(30) };
+            shortened |= shorten;
+            request_deletion(&world, grace);
+        }
+    }
+    let state = world.state();
+    world.check(
+        state.containers.iter().all(|c| c.instance.started_at.is_none() || c.instance.exit.is_some()),
+        "a container outlived its Pod",
+    );
+    world.check(!state.sandbox, "the sandbox outlived the Pod");
+    for (name, restarts) in &state.crashes {
+        check_back_off(seed, name, restarts);
+    }
+}
+
+/// Restarts of one container, each as (end of the run before, start): no sooner than the table allows.
+fn check_back_off(seed: u64, name: &str, restarts: &[(Timestamp, Timestamp)]) {
+    let mut delay = 0;
+    let mut last: Option<Timestamp> = None;
+    for (finished, started) in restarts {
+        if last.is_some_and(|last| finished.duration_since(last).as_secs() >= 600) {
+            delay = 0;
+        }
+        let waited = started.duration_since(*finished).as_secs_f64();
+        assert!(
+            waited + 0.001 >= f64::from(delay),
+            "seed {seed}: {name} restarted after {waited} s instead of {delay} s"
+        );
+        delay = if delay == 0 { 10 } else { (delay * 2).min(300) };
+        last = Some(*started);
+    }
+}
+
+fn request_deletion(world: &Arc<World>, grace: i64) {
+    let now = world.now();
+    let mut state = world.state();
+    state.version += 1;
+    let version = state.version.to_string();
+    let Some(pod) = state.pod.as_mut() else { return };
+    if pod.metadata.deletion_grace_period_seconds.is_some_and(|old| old <= grace) {
+        return;
+    }
+    pod.metadata.deletion_timestamp = Some(Time(now + SignedDuration::from_secs(grace)));
+    pod.metadata.deletion_grace_period_seconds = Some(grace);
+    pod.metadata.resource_version = Some(version);
+    let desired = Desired::new(Arc::new(pod.clone()));
+    state.deleted_at = Some((now, grace));
+    if let Some(worker) = &state.worker {
+        let _ = worker.try_send(Message::Desired(Box::new(desired)));
+    }
+}
+
+/// The agent starts (again): whatever an earlier life was doing is cut off where it is.
+fn begin_life(world: &Arc<World>) {
+    let now = world.now();
+    let mut state = world.state();
+    state.life += 1;
+    let life = Arc::new(Life { world: world.clone(), number: state.life });
+    let gone = state.pod.is_none();
+    let pod = state.pod.clone().unwrap_or_else(|| Pod {
+        metadata: ObjectMeta { uid: Some("uid".to_owned()), ..ObjectMeta::default() },
+        spec: Some(PodSpec::default()),
+        status: None,
+    });
+    let desired = Desired::new(Arc::new(pod));
+    let record = state.record.clone().map(|mut record| {
+        let found: Vec<Found> =
+            state.containers.iter().map(|c| Found { name: c.name.clone(), instance: c.instance.clone() }).collect();
+        fold::adopt(&desired, &mut record, &found, state.sandbox, now);
+        record
+    });
+    let (worker, sender) = Worker::new(life, desired, record);
+    if gone {
+        sender.try_send(Message::Removed).unwrap();
+    }
+    if let Some(old) = state.worker.replace(sender) {
+        let _ = old.try_send(Message::Detach);
+    }
+    drop(state);
+    tokio::spawn(worker.run());
+}
+
+#[test]
+fn ten_thousand_histories() {
+    let base = match std::env::var("GANTRY_SIM_SEED") {
+        Ok(seed) => {
+            let seed = seed.parse().unwrap();
+            run(seed..seed + 1);
+            return;
+        }
+        Err(_) => fastrand::u64(..) >> 16,
+    };
+    println!("simulation seeds {base}..{}", base + 10_000);
+    for batch in 0..20 {
+        run(base + batch * 500..base + (batch + 1) * 500);
+    }
+}
+
+fn run(seeds: std::ops::Range<u64>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let mut histories = tokio::task::JoinSet::new();
+        for seed in seeds {
+            histories.spawn(live(seed));
+        }
+        while let Some(result) = histories.join_next().await {
+            result.unwrap();
+        }
+    });
+}
