@@ -1,3 +1,11 @@
 //! QoS, cgroups, quantities and statistics.
 
+pub mod amounts;
+pub mod cgroup;
+#[cfg(test)]
+pub(crate) mod fixture;
+pub mod limits;
+pub mod machine;
+pub mod qos;
 pub mod quantity;
+pub mod stats;
