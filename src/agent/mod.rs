@@ -1,1 +1,5 @@
 //! Wires one node together: configuration in, running tasks out.
+
+pub mod pods;
+pub mod records;
+pub mod report;

@@ -106,15 +106,15 @@ impl<E: Effects> Worker<E> {
         (worker, sender)
     }
 
-    /// Runs until the Pod is gone from source and node, or the agent stops.
-    pub async fn run(mut self) {
+    /// Runs until the Pod is gone from source and node (true), or the agent stops (false).
+    pub async fn run(mut self) -> bool {
         loop {
             let now = self.effects.now();
             let plan = self.step(now);
             let wake_at = earliest([plan.wake_at, self.report_if_due(&plan, now)]);
             if self.is_over(&plan) {
                 self.effects.forget(self.desired.clone()).await;
-                return;
+                return true;
             }
             let message = match wake_at {
                 Some(at) => tokio::select! {
@@ -128,14 +128,14 @@ impl<E: Effects> Worker<E> {
                     for cancel in self.running.values() {
                         cancel.cancel();
                     }
-                    return;
+                    return false;
                 }
                 Some(message) => self.take(message),
             }
             // whatever else has come meanwhile is one step, too
             while let Ok(message) = self.inbox.try_recv() {
                 if matches!(message, Message::Detach) {
-                    return;
+                    return false;
                 }
                 self.take(message);
             }
