@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	"sigs.k8s.io/yaml"
 
 	"gantry.local/e2e/internal/pki"
@@ -255,10 +256,8 @@ func (c *Cluster) makeJoinable(ctx context.Context, client *kubernetes.Clientset
 		return err
 	}
 	token := bootstrap.AuthInfos["tls-bootstrap-token-user"].Token
-	for cluster := range bootstrap.Clusters {
-		bootstrap.Clusters[""] = bootstrap.Clusters[cluster]
-		delete(bootstrap.Clusters, cluster)
-	}
+	// Discovery wants one cluster without a name, and no credentials.
+	bootstrap.Clusters = map[string]*clientcmdapi.Cluster{"": bootstrap.Clusters["gantry-"+c.Name]}
 	bootstrap.AuthInfos, bootstrap.Contexts, bootstrap.CurrentContext = nil, nil, ""
 	info, err := clientcmd.Write(*bootstrap)
 	if err != nil {
