@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -75,7 +76,7 @@ func root() *cobra.Command {
 		agentCommand("start-agent", "Start a node's agent", func(c *cluster.Cluster, node int) error { return c.StartAgent(node) }),
 		agentCommand("stop-agent", "Stop a node's agent by SIGTERM; its Pods stay", func(c *cluster.Cluster, node int) error { return c.StopAgent(node, false) }),
 		agentCommand("kill-agent", "Kill a node's agent by SIGKILL; its Pods stay", func(c *cluster.Cluster, node int) error { return c.StopAgent(node, true) }),
-		superviseCommand(), imagesCommand())
+		snapshotCommand(), superviseCommand(), imagesCommand())
 	return root
 }
 
@@ -299,6 +300,30 @@ func nodeExecCommand() *cobra.Command {
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			return open(name, func(c *cluster.Cluster) error { return c.Exec(node, args) })
+		},
+	}
+	command.Flags().StringVar(&name, "name", defaultName, "name of the cluster")
+	command.Flags().IntVar(&node, "node", 1, "number of the node")
+	return command
+}
+
+func snapshotCommand() *cobra.Command {
+	var name string
+	var node int
+	command := &cobra.Command{
+		Use:   "snapshot",
+		Short: "List as JSON what a node holds: processes, mounts, namespaces, links, rules, cgroups, files",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			return open(name, func(c *cluster.Cluster) error {
+				s, err := c.Snapshot(node)
+				if err != nil {
+					return err
+				}
+				out := json.NewEncoder(os.Stdout)
+				out.SetIndent("", "  ")
+				return out.Encode(s)
+			})
 		},
 	}
 	command.Flags().StringVar(&name, "name", defaultName, "name of the cluster")

@@ -63,7 +63,7 @@ func (c *Cluster) killAll() error {
 	}
 	deadline := time.Now().Add(20 * time.Second)
 	for {
-		namespaces, err := c.pinnedNamespaces()
+		namespaces, err := c.pinnedBelow(c.Dir)
 		if err != nil {
 			return err
 		}
@@ -108,10 +108,10 @@ func inodeOf(path string) (inode, error) {
 
 var namespaceKinds = []string{"net", "ipc", "uts", "pid"}
 
-// pinnedNamespaces are all namespaces with a bind mount below the cluster's
-// directory: those made here, and the nodes' Pods'.
-func (c *Cluster) pinnedNamespaces() (map[inode]bool, error) {
-	mounts, err := mountsBelow(c.Dir)
+// pinnedBelow are all namespaces with a bind mount below a directory: below the
+// cluster's, those made here and those of all Pods.
+func (c *Cluster) pinnedBelow(dir string) (map[inode]bool, error) {
+	mounts, err := mountsBelow(dir)
 	if err != nil {
 		return nil, err
 	}
