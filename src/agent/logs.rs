@@ -1,0 +1,115 @@
+//! Log files beyond the one that is written: the symbolic links that log collectors follow, and old rotations.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use k8s_openapi::api::core::v1::Pod;
+
+/// `/var/log/containers/<pod>_<namespace>_<container>-<id>.log` (`legacyLogSymlink` in kubelet).
+pub(super) fn link(dir: &Path, pod: &Pod, container: &str, id: &str, log: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let name = format!(
+        "{}_{}_{container}",
+        pod.metadata.name.as_deref().unwrap_or_default(),
+        pod.metadata.namespace.as_deref().unwrap_or_default()
+    );
+    let link = dir.join(format!("{name}-{id}.log"));
+    match std::os::unix::fs::symlink(log, &link) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the links into a Pod's log directory.
+pub(super) fn remove_links(dir: &Path, log_dir: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        if fs::read_link(&path).is_ok_and(|target| target.starts_with(log_dir)) {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the logs of instances before `attempt - 1`: the newest and `--previous` stay.
+pub(super) fn remove_old(dir: &Path, attempt: u32) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let number = path.file_name().and_then(|name| name.to_str()?.split_once(".log")?.0.parse::<u32>().ok());
+        if number.is_some_and(|number| number + 1 < attempt) {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Compresses rotated files older than `rotated`, the newest one, which readers are most likely to want as it is.
+pub(super) fn compress_older(rotated: &Path) {
+    if let Err(error) = try_compress_older(rotated) {
+        tracing::warn!(file = %rotated.display(), %error, "older rotations of the log stay uncompressed");
+    }
+}
+
+fn try_compress_older(rotated: &Path) -> io::Result<()> {
+    let (Some(dir), Some(name)) = (rotated.parent(), rotated.file_name().and_then(|n| n.to_str())) else {
+        return Ok(());
+    };
+    let Some((stem, _)) = name.split_once(".log.") else { return Ok(()) };
+    let prefix = format!("{stem}.log.");
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let Some(other) = path.file_name().and_then(|n| n.to_str()) else { continue };
+        if other.starts_with(&prefix) && other < name && !other.ends_with(".gz") && !other.ends_with(".tmp") {
+            compress(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn compress(path: &Path) -> io::Result<()> {
+    let with = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
+    let temporary = with(".tmp");
+    let mut encoder = GzEncoder::new(File::create(&temporary)?, Compression::fast());
+    io::copy(&mut File::open(path)?, &mut encoder)?;
+    encoder.finish()?.sync_all()?;
+    fs::rename(&temporary, with(".gz"))?;
+    fs::remove_file(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn older_rotations_are_compressed_and_the_newest_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["0.log", "0.log.20260101-000000", "0.log.20260101-000001", "1.log.20260101-000000"] {
+            fs::write(dir.path().join(name), name).unwrap();
+        }
+        compress_older(&dir.path().join("0.log.20260101-000001"));
+        let mut names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["0.log", "0.log.20260101-000000.gz", "0.log.20260101-000001", "1.log.20260101-000000"]);
+    }
+
+    #[test]
+    fn only_the_newest_two_instances_keep_their_logs() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["0.log", "0.log.20260101-000000.gz", "1.log", "2.log"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        remove_old(dir.path(), 2).unwrap();
+        let mut names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["1.log", "2.log"]);
+    }
+}
