@@ -206,3 +206,10 @@ fn escaped(path: &Path) -> Vec<u8> {
     }
     escaped
 }
+
+/// Mounts by the way of older kernels, whatever this one can do.
+#[cfg(test)]
+pub(super) fn classic_for_tests(lower: Vec<PathBuf>, writable: &Path, target: &Path) {
+    let upper = Some((writable.join("upper"), writable.join("work")));
+    classic(&Overlay { lower, upper, attributes: MountAttrFlags::empty() }, target).unwrap();
+}
