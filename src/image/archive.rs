@@ -212,8 +212,11 @@ impl<R: BufRead> Archive<R> {
             }
             other => return Err(invalid(format!("member type {:?} is not supported", char::from(other.as_byte())))),
         };
-        // Only files carry data; a size elsewhere is a leftover that Go's reader also ignores for links and devices.
-        let has_data = kind == Kind::File || kind == Kind::Directory;
+        // Only files carry data. A size elsewhere is a leftover, which Go's reader ignores, too.
+        let has_data = matches!(
+            header.entry_type(),
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse
+        );
         self.begin_data(if has_data { stored } else { 0 });
         let mtime = match pax.mtime {
             Some(mtime) => mtime,

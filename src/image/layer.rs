@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::digest::{Digest, Hasher};
 use super::error::ImageError;
 use super::layout::{LayerUsage, Layout, Staging};
-use super::unpack::{DIRECTORY, UnpackError, Unpacked, copy_directory_attributes, unpack_layer};
+use super::unpack::{DIRECTORY, Unpacked, copy_directory_attributes, unpack_layer};
 
 /// Reads ahead of the tar reader; also the size of the pieces in which files are written.
 const BUFFER: usize = 256 << 10;
@@ -47,7 +47,8 @@ pub(super) fn unpack_blob(
     let mut hashed = Hashed { inner: decoder, hash: diff_id.hasher() };
     let Unpacked { bytes, inodes, implied } =
         unpack_layer(BufReader::with_capacity(BUFFER, &mut hashed), root.as_fd()).map_err(|error| match error {
-            UnpackError::NoSpace { .. } => ImageError::Pull {
+            // The node's trouble, not the layer's.
+            error if error.is_transient() => ImageError::Pull {
                 name: name.to_owned(),
                 detail: format!("failed to extract layer {layer}: {error}"),
                 transient: true,

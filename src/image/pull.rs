@@ -333,6 +333,10 @@ fn publish_image(
 ) -> Result<(), ImageError> {
     store.commit(|| {
         let layout = &store.layout;
+        // A pull that its callers have given up has no pins any more, and the collector may have been here.
+        if let Some(digest) = image.layer_digests.iter().find(|digest| !layout.blob(digest).is_file()) {
+            return Err(vanished(image, digest));
+        }
         layout.write_blob(&image.manifest, manifest)?;
         layout.write_blob(&image.config_digest, config)?;
         // Top first, as a look-up goes.
@@ -355,11 +359,7 @@ fn publish_image(
                 staged.staging.commit(&place)?;
             }
             if !place.is_dir() {
-                return Err(ImageError::Pull {
-                    name: image.name.clone(),
-                    detail: format!("layer {chain_id} went away during the pull"),
-                    transient: true,
-                });
+                return Err(vanished(image, chain_id));
             }
         }
         layout.sync_directories()?;
@@ -368,6 +368,14 @@ fn publish_image(
         layout.touch(&image.config_digest, now)?;
         Ok(images)
     })
+}
+
+fn vanished(image: &Image, layer: &Digest) -> ImageError {
+    ImageError::Pull {
+        name: image.name.clone(),
+        detail: format!("layer {layer} went away during the pull"),
+        transient: true,
+    }
 }
 
 async fn fetch_layer(

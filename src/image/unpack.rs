@@ -33,7 +33,7 @@ const SPACE_CHECK_ENTRIES: u64 = 4096;
 /// Space that unpacking leaves free: 2 %, at most this. A full disk takes the whole node down; a failed pull does not.
 const MAX_RESERVE: u64 = 512 << 20;
 
-/// Why a layer was not unpacked. Never transient, except for [`UnpackError::NoSpace`] and [`UnpackError::Read`].
+/// Why a layer was not unpacked. [`UnpackError::is_transient`] tells trouble of the node from a bad layer.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
     /// The stream ended early or is not an archive.
@@ -63,6 +63,22 @@ pub enum UnpackError {
         /// Inodes left.
         inodes: u64,
     },
+}
+
+impl UnpackError {
+    /// Whether the same layer may unpack when the node has more disk, memory or file handles.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::NoSpace { .. } => true,
+            Self::Io { source, .. } => matches!(
+                source.raw_os_error().map(Errno::from_raw_os_error),
+                Some(
+                    Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::ROFS
+                )
+            ),
+            Self::Read(_) | Self::Entry { .. } => false,
+        }
+    }
 }
 
 /// What was unpacked.

@@ -274,6 +274,22 @@ fn sparse_files_keep_their_holes() {
     assert!(Sandbox::new().unpack_bytes(header.as_bytes()).unwrap_err().to_string().contains("does not fit"));
 }
 
+#[test]
+fn a_full_disk_is_the_nodes_trouble() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Some(c"size=1m");
+    rustix::mount::mount("tmpfs", dir.path(), "tmpfs", rustix::mount::MountFlags::empty(), options).unwrap();
+    let root = File::open(dir.path()).unwrap();
+    let big = [Member::file("big", &vec![1; 4 << 20])];
+    let error = unpack_layer(tar_of(&big).as_slice(), root.as_fd()).unwrap_err();
+    // Now that it is full, not even a small one is begun.
+    let small = unpack_layer(tar_of(&[Member::file("small", b"x")]).as_slice(), root.as_fd()).unwrap_err();
+    drop(root);
+    rustix::mount::unmount(dir.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert!(error.is_transient() && error.to_string().contains("big"), "{error}");
+    assert!(matches!(small, UnpackError::NoSpace { .. }), "{small}");
+}
+
 fn hostile_name() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         Just(".."), Just("."), Just(""), Just("a"), Just("b"), Just("c"), Just(".wh.a"), Just(".wh..wh..opq"), Just("outside"),
