@@ -213,10 +213,7 @@ impl<R: BufRead> Archive<R> {
             other => return Err(invalid(format!("member type {:?} is not supported", char::from(other.as_byte())))),
         };
         // Only files carry data. A size elsewhere is a leftover, which Go's reader ignores, too.
-        let has_data = matches!(
-            header.entry_type(),
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse
-        );
+        let has_data = matches!(header.entry_type(), EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse);
         self.begin_data(if has_data { stored } else { 0 });
         let mtime = match pax.mtime {
             Some(mtime) => mtime,
@@ -276,7 +273,10 @@ impl SparseMap {
                 self.segments.push((offset, length));
                 Ok(())
             }
-            _ => Err(invalid(format!("segment at {offset} of {length} bytes does not fit a sparse file of {}", self.real))),
+            _ => Err(invalid(format!(
+                "segment at {offset} of {length} bytes does not fit a sparse file of {}",
+                self.real
+            ))),
         }
     }
 }
@@ -330,7 +330,9 @@ impl Pax {
                 b"gid" => pax.gid = Some(number(key, value)?),
                 b"mtime" => pax.mtime = Some(time(value)?),
                 _ if key.starts_with(b"GNU.sparse.") => {
-                    return Err(invalid("PAX sparse files (GNU.sparse.*) are not supported: build the layer without --sparse"));
+                    return Err(invalid(
+                        "PAX sparse files (GNU.sparse.*) are not supported: build the layer without --sparse",
+                    ));
                 }
                 _ => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
@@ -355,9 +357,10 @@ fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
 }
 
 fn number(key: &[u8], value: &[u8]) -> io::Result<u64> {
-    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).ok_or_else(|| {
-        invalid(format!("PAX record {} is not a number", String::from_utf8_lossy(key)))
-    })
+    std::str::from_utf8(value)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| invalid(format!("PAX record {} is not a number", String::from_utf8_lossy(key))))
 }
 
 /// Seconds with an optional fraction, possibly before the epoch.

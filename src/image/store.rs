@@ -354,10 +354,7 @@ impl ImageStore {
     }
 
     /// Makes images visible after `publish` has put their files in place. Blocking.
-    pub(super) fn commit(
-        &self,
-        publish: impl FnOnce() -> Result<Vec<Image>, ImageError>,
-    ) -> Result<(), ImageError> {
+    pub(super) fn commit(&self, publish: impl FnOnce() -> Result<Vec<Image>, ImageError>) -> Result<(), ImageError> {
         let _commit = lock(&self.commit);
         let images = publish()?;
         let mut previous = Vec::new();

@@ -56,7 +56,9 @@ pub enum UnpackError {
         source: io::Error,
     },
     /// The file system is nearly full.
-    #[error("not enough space: {available} bytes and {inodes} inodes left; free some or let image garbage collection do it")]
+    #[error(
+        "not enough space: {available} bytes and {inodes} inodes left; free some or let image garbage collection do it"
+    )]
     NoSpace {
         /// Bytes left.
         available: u64,
@@ -89,7 +91,7 @@ pub struct Unpacked {
     /// Files, directories and other members made.
     pub inodes: u64,
     /// Directories that the archive uses but does not describe. They were made with mode 0755 and belong to root; where a
-    /// lower layer has the same directory its attributes must be copied (see [`super::layer`]). Paths below the root, which is
+    /// lower layer has the same directory its attributes must be copied (`layer.rs` does). Paths below the root, which is
     /// itself the empty path.
     pub implied: Vec<Vec<u8>>,
 }
@@ -294,7 +296,8 @@ impl Unpacker {
                 remove_any(dir, name).map_err(io)?;
                 self.links.reset();
                 self.links.enter_existing(parents).map_err(io)?;
-                linkat(self.links.current(), base, self.tree.current(), name, AtFlags::empty()).map_err(|e| io(e.into()))
+                linkat(self.links.current(), base, self.tree.current(), name, AtFlags::empty())
+                    .map_err(|e| io(e.into()))
             }
             result => result.map_err(|errno| {
                 failed(&entry.path, io::Error::other(format!("hard link target {}: {errno}", lossy(target))))
@@ -311,7 +314,10 @@ impl Unpacker {
         (major, minor): (u32, u32),
     ) -> Result<(), UnpackError> {
         if kind == FileType::CharacterDevice && (major, minor) == (0, 0) {
-            return Err(rule(&entry.path, "character device 0:0 is overlayfs' own whiteout; use .wh.<name>".to_owned()));
+            return Err(rule(
+                &entry.path,
+                "character device 0:0 is overlayfs' own whiteout; use .wh.<name>".to_owned(),
+            ));
         }
         let mode = Mode::from_raw_mode(entry.mode);
         self.replace(name, |dir| mknodat(dir, name, kind, mode, makedev(major, minor)))

@@ -43,9 +43,7 @@ impl Layer {
                 gzip.write_all(tar).unwrap();
                 (gzip.finish().unwrap(), "application/vnd.oci.image.layer.v1.tar+gzip")
             }
-            Compression::Zstd => {
-                (zstd::encode_all(tar, 1).unwrap(), "application/vnd.oci.image.layer.v1.tar+zstd")
-            }
+            Compression::Zstd => (zstd::encode_all(tar, 1).unwrap(), "application/vnd.oci.image.layer.v1.tar+zstd"),
         };
         Self { diff_id: Digest::sha256(tar), digest: Digest::sha256(&blob), blob, media_type }
     }
@@ -97,9 +95,7 @@ impl TestImage {
     /// An index with this image for this machine, and something else for another.
     pub fn index(&self) -> Vec<u8> {
         let platform = |arch: &str| json!({"os": "linux", "architecture": arch});
-        let entry = |digest: &Digest, size: usize, arch: &str| {
-            json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": size, "platform": platform(arch)})
-        };
+        let entry = |digest: &Digest, size: usize, arch: &str| json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": size, "platform": platform(arch)});
         let other = entry(&Digest::sha256(b"other"), 5, "s390x");
         let index = json!({
             "schemaVersion": 2, "mediaType": OCI_INDEX,

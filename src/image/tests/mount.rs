@@ -129,8 +129,7 @@ async fn an_image_without_layers_gives_an_empty_rootfs() {
 
 #[tokio::test]
 async fn many_layers_stack() {
-    let layers: Vec<Layer> =
-        (0..130).map(|at| Layer::file(&format!("f{at}"), b"x", Compression::Plain)).collect();
+    let layers: Vec<Layer> = (0..130).map(|at| Layer::file(&format!("f{at}"), b"x", Compression::Plain)).collect();
     let node = node(&layers).await;
     let (writable, target, _mounted) = target(&node);
     mount_rootfs(&node.image, &writable, &target).unwrap();

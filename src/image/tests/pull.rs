@@ -160,7 +160,11 @@ async fn server_errors_are_tried_again() {
     let name = registry.name("app:v");
     registry.fault(&manifest("app", "v"), vec![Fault::Status(503); 5]);
     let error = node.store.pull(&name, &[], None).await.unwrap_err();
-    assert!(error.to_string().starts_with(&format!("image pull failed for {name} because the registry is unavailable: 503")));
+    assert!(
+        error
+            .to_string()
+            .starts_with(&format!("image pull failed for {name} because the registry is unavailable: 503"))
+    );
     registry.fault(&manifest("app", "v"), [Fault::Status(500), Fault::Status(429)]);
     node.store.pull(&name, &[], None).await.unwrap();
 }
@@ -179,7 +183,9 @@ async fn missing_names_read_as_with_containerd() {
     let error = node.store.pull(&name, &[], None).await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        format!("failed to pull and unpack image \"{name}\": failed to resolve reference \"{name}\": {name}: not found")
+        format!(
+            "failed to pull and unpack image \"{name}\": failed to resolve reference \"{name}\": {name}: not found"
+        )
     );
     assert_eq!(error.reason(), "ErrImagePull");
     assert_eq!(node.store.pull("In/valid:", &[], None).await.unwrap_err().reason(), "InvalidImageName");
@@ -296,7 +302,8 @@ async fn progress_is_told() {
     let (sender, mut receiver) = tokio::sync::watch::channel(PullProgress::default());
     let (store, name) = (node.store.clone(), registry.name("app:v"));
     let pull = tokio::spawn(async move { store.pull(&name, &[], Some(sender)).await });
-    let half = receiver.wait_for(|p| p.layers.first().is_some_and(|layer| layer.downloaded == 50_000)).await.unwrap().clone();
+    let half =
+        receiver.wait_for(|p| p.layers.first().is_some_and(|layer| layer.downloaded == 50_000)).await.unwrap().clone();
     assert_eq!(half.layers[0].state, LayerState::Downloading);
     assert_eq!(half.layers[0].digest, layer.digest.to_string());
     assert_eq!(half.layers[0].total, layer.blob.len() as u64);

@@ -181,7 +181,9 @@ async fn answer(
             let allowed = authorization == format!("Basic {basic}") && path.contains("scope=repository%3A");
             return match allowed {
                 true => reply(stream, 200, "", br#"{"token": "t0ken", "expires_in": 300}"#).await,
-                false => reply(stream, 401, "", br#"{"errors": [{"code": "UNAUTHORIZED", "message": "wrong user"}]}"#).await,
+                false => {
+                    reply(stream, 401, "", br#"{"errors": [{"code": "UNAUTHORIZED", "message": "wrong user"}]}"#).await
+                }
             };
         }
         if authorization != "Bearer t0ken" {

@@ -12,7 +12,8 @@ const EVERYTHING: GcPolicy = GcPolicy { high_percent: 0, low_percent: 0, min_age
 
 /// Pulls `app:<tag>` with a shared layer and one of its own.
 async fn pull(registry: &TestRegistry, node: &TestStore, tag: &str) -> String {
-    let (base, own) = (Layer::file("base", b"base", Compression::Gzip), Layer::file("own", tag.as_bytes(), Compression::Gzip));
+    let (base, own) =
+        (Layer::file("base", b"base", Compression::Gzip), Layer::file("own", tag.as_bytes(), Compression::Gzip));
     let image = TestImage::new(&[&base, &own]);
     registry.push("app", tag, &image, &[&base, &own]);
     node.store.pull(&registry.name(&format!("app:{tag}")), &[], None).await.unwrap();

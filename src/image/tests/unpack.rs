@@ -237,12 +237,10 @@ fn hostile_members_are_named() {
 fn overlayfs_attributes_are_not_taken_from_an_archive() {
     let sandbox = Sandbox::new();
     sandbox
-        .unpack(&[
-            Member::dir("d")
-                .pax("SCHILY.xattr.trusted.overlay.redirect", b"/etc")
-                .pax("SCHILY.xattr.trusted.overlay.opaque", b"y")
-                .pax("SCHILY.xattr.user.fine", b"1"),
-        ])
+        .unpack(&[Member::dir("d")
+            .pax("SCHILY.xattr.trusted.overlay.redirect", b"/etc")
+            .pax("SCHILY.xattr.trusted.overlay.opaque", b"y")
+            .pax("SCHILY.xattr.user.fine", b"1")])
         .unwrap();
     assert_eq!(xattr(&sandbox.at("d"), "trusted.overlay.redirect"), None);
     assert_eq!(xattr(&sandbox.at("d"), "trusted.overlay.opaque"), None);
@@ -292,8 +290,17 @@ fn a_full_disk_is_the_nodes_trouble() {
 
 fn hostile_name() -> impl Strategy<Value = String> {
     let part = prop_oneof![
-        Just(".."), Just("."), Just(""), Just("a"), Just("b"), Just("c"), Just(".wh.a"), Just(".wh..wh..opq"), Just("outside"),
-        Just("file"), Just("\u{fffd}")
+        Just(".."),
+        Just("."),
+        Just(""),
+        Just("a"),
+        Just("b"),
+        Just("c"),
+        Just(".wh.a"),
+        Just(".wh..wh..opq"),
+        Just("outside"),
+        Just("file"),
+        Just("\u{fffd}")
     ];
     (any::<bool>(), proptest::collection::vec(part, 1..6))
         .prop_map(|(absolute, parts)| format!("{}{}", if absolute { "/" } else { "" }, parts.join("/")))
