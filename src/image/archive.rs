@@ -6,7 +6,7 @@
 
 use std::io::{self, BufRead};
 
-use tar::{EntryType, Header, PaxExtensions};
+use tar::{EntryType, Header};
 
 /// Size of a tar record.
 const BLOCK: u64 = 512;
@@ -94,7 +94,7 @@ impl<R: BufRead> Archive<R> {
                 }
                 return Ok(None);
             };
-            let size = header.entry_size()?;
+            let size = or_zero(&header.as_old().size, header.entry_size())?;
             match header.entry_type() {
                 EntryType::GNULongName => set_once(&mut long_path, self.read_extension(size)?)?,
                 EntryType::GNULongLink => set_once(&mut long_link, self.read_extension(size)?)?,
@@ -190,6 +190,7 @@ impl<R: BufRead> Archive<R> {
             return Err(invalid("a name holds a NUL byte"));
         }
         let stored = pax.size.unwrap_or(header_size);
+        let old = header.as_old();
         let device = || -> io::Result<(u32, u32)> {
             Ok((header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0)))
         };
@@ -211,19 +212,19 @@ impl<R: BufRead> Archive<R> {
             }
             other => return Err(invalid(format!("member type {:?} is not supported", char::from(other.as_byte())))),
         };
-        // Only files carry data; a size elsewhere is a leftover that Go's reader also ignores for links and devices.
-        let has_data = kind == Kind::File || kind == Kind::Directory;
+        // Only files carry data. A size elsewhere is a leftover, which Go's reader ignores, too.
+        let has_data = matches!(header.entry_type(), EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse);
         self.begin_data(if has_data { stored } else { 0 });
         let mtime = match pax.mtime {
             Some(mtime) => mtime,
-            None => (header.mtime()?.cast_signed(), 0),
+            None => (or_zero(&old.mtime, header.mtime())?.cast_signed(), 0),
         };
         Ok(Entry {
             path,
             kind,
-            mode: header.mode()? & 0o7777,
-            uid: pax.uid.map_or_else(|| header.uid(), Ok)?,
-            gid: pax.gid.map_or_else(|| header.gid(), Ok)?,
+            mode: or_zero(&old.mode, header.mode())? & 0o7777,
+            uid: pax.uid.map_or_else(|| or_zero(&old.uid, header.uid()), Ok)?,
+            gid: pax.gid.map_or_else(|| or_zero(&old.gid, header.gid()), Ok)?,
             mtime,
             xattrs: pax.xattrs,
             size,
@@ -272,8 +273,19 @@ impl SparseMap {
                 self.segments.push((offset, length));
                 Ok(())
             }
-            _ => Err(invalid(format!("segment at {offset} of {length} bytes does not fit a sparse file of {}", self.real))),
+            _ => Err(invalid(format!(
+                "segment at {offset} of {length} bytes does not fit a sparse file of {}",
+                self.real
+            ))),
         }
+    }
+}
+
+/// An empty numeric field is zero, as for Go and GNU tar; the `tar` crate refuses it.
+fn or_zero<T: Default>(field: &[u8], parsed: io::Result<T>) -> io::Result<T> {
+    match parsed {
+        Err(_) if field.iter().all(|b| matches!(b, 0 | b' ')) => Ok(T::default()),
+        result => result,
     }
 }
 
@@ -306,9 +318,10 @@ struct Pax {
 impl Pax {
     fn parse(bytes: &[u8]) -> io::Result<Self> {
         let mut pax = Self::default();
-        for record in PaxExtensions::new(bytes) {
-            let record = record?;
-            let (key, value) = (record.key_bytes(), record.value_bytes());
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (key, value);
+            (key, value, rest) = record(rest).ok_or_else(|| invalid("a PAX record is malformed"))?;
             match key {
                 b"path" => pax.path = Some(value.to_vec()),
                 b"linkpath" => pax.link = Some(value.to_vec()),
@@ -317,7 +330,9 @@ impl Pax {
                 b"gid" => pax.gid = Some(number(key, value)?),
                 b"mtime" => pax.mtime = Some(time(value)?),
                 _ if key.starts_with(b"GNU.sparse.") => {
-                    return Err(invalid("PAX sparse files (GNU.sparse.*) are not supported: build the layer without --sparse"));
+                    return Err(invalid(
+                        "PAX sparse files (GNU.sparse.*) are not supported: build the layer without --sparse",
+                    ));
                 }
                 _ => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
@@ -330,10 +345,22 @@ impl Pax {
     }
 }
 
+/// Splits the first `<length> <key>=<value>\n` off. Only the length delimits it: extended attributes are binary and may hold
+/// line breaks, at which the `tar` crate would split.
+fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let space = bytes.iter().take(8).position(|b| *b == b' ')?;
+    let length: usize = std::str::from_utf8(&bytes[..space]).ok()?.parse().ok()?;
+    let (record, rest) = bytes.split_at_checked(length)?;
+    let record = record.get(space + 1..)?.strip_suffix(b"\n")?;
+    let equals = record.iter().position(|b| *b == b'=')?;
+    Some((&record[..equals], &record[equals + 1..], rest))
+}
+
 fn number(key: &[u8], value: &[u8]) -> io::Result<u64> {
-    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).ok_or_else(|| {
-        invalid(format!("PAX record {} is not a number", String::from_utf8_lossy(key)))
-    })
+    std::str::from_utf8(value)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| invalid(format!("PAX record {} is not a number", String::from_utf8_lossy(key))))
 }
 
 /// Seconds with an optional fraction, possibly before the epoch.
@@ -417,6 +444,18 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn pax_parses_what_it_should(bytes in proptest::collection::vec(any::<u8>(), 0..64), value in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = Pax::parse(&bytes);
+            let mut builder = tar::Builder::new(Vec::new());
+            builder.append_pax_extensions([("SCHILY.xattr.user.x", value.as_slice()), ("path", &b"p"[..])]).unwrap();
+            let archive = builder.into_inner().unwrap();
+            let length = usize::try_from(Header::from_byte_slice(&archive[..512]).entry_size().unwrap()).unwrap();
+            let pax = Pax::parse(&archive[512..512 + length]).unwrap();
+            prop_assert_eq!(pax.xattrs, [(b"user.x".to_vec(), value)]);
+            prop_assert_eq!(pax.path, Some(b"p".to_vec()));
+        }
+
         #[test]
         fn never_panics(mut bytes in proptest::collection::vec(any::<u8>(), 0..2048), kind in any::<u8>()) {
             let _ = entries(&bytes);

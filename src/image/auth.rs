@@ -113,7 +113,10 @@ pub(super) fn token_request(
         form.set_query(None);
         {
             let mut pairs = form.query_pairs_mut();
-            pairs.append_pair("grant_type", "refresh_token").append_pair("client_id", "gantry").append_pair("scope", &scope);
+            pairs
+                .append_pair("grant_type", "refresh_token")
+                .append_pair("client_id", "gantry")
+                .append_pair("scope", &scope);
             pairs.append_pair("refresh_token", secret);
             if let Some(service) = &bearer.service {
                 pairs.append_pair("service", service);
@@ -121,10 +124,7 @@ pub(super) fn token_request(
         }
         // A query string is also the encoding of a form; the token goes in the body, never in a URL.
         let body = form.query().unwrap_or_default().to_owned();
-        return client
-            .post(realm)
-            .header("content-type", "application/x-www-form-urlencoded")
-            .body(body);
+        return client.post(realm).header("content-type", "application/x-www-form-urlencoded").body(body);
     }
     {
         let mut pairs = realm.query_pairs_mut();
@@ -196,7 +196,8 @@ mod tests {
             service: Some("a, \"b\"".into()),
             scope: Some("repository:a/b:pull,push".into()),
         };
-        let header = r#"Bearer realm="https://auth.example/token",service="a, \"b\"", scope="repository:a/b:pull,push""#;
+        let header =
+            r#"Bearer realm="https://auth.example/token",service="a, \"b\"", scope="repository:a/b:pull,push""#;
         assert_eq!(challenge(&["Basic realm=x", header]), Some(Challenge::Bearer(expected)));
         assert_eq!(challenge(&["basic realm=\"x\""]), Some(Challenge::Basic));
         assert_eq!(challenge(&["Negotiate", "Bearer service=x"]), None);
@@ -212,6 +213,8 @@ mod tests {
 
     #[test]
     fn tokens_of_users_do_not_travel_in_urls() {
+        // reqwest has no provider of its own here; see `Registry::new`.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::new();
         let realm: reqwest::Url = "https://auth.example/token".parse().unwrap();
         let bearer = Bearer { realm: String::new(), service: Some("s".into()), scope: None };

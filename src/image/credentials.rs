@@ -95,7 +95,8 @@ impl Keyring {
         let cwd = std::env::current_dir().unwrap_or_else(|_| "/".into());
         let json = [root_dir.to_owned(), cwd.clone(), home.join(".docker"), "/.docker".into()];
         let legacy = [root_dir.to_owned(), cwd, home.to_owned(), "/".into()];
-        let files = json.iter().map(|dir| dir.join("config.json")).chain(legacy.iter().map(|dir| dir.join(".dockercfg")));
+        let files =
+            json.iter().map(|dir| dir.join("config.json")).chain(legacy.iter().map(|dir| dir.join(".dockercfg")));
         for path in files {
             let Some(bytes) = read_limited(&path) else { continue };
             let origin = path.display().to_string();
@@ -168,7 +169,8 @@ fn credential(origin: &str, registry: &str, entry: Entry) -> Result<Credential, 
     let Some(auth) = entry.auth.filter(|a| !a.is_empty()) else {
         return Ok(Credential::basic(entry.username.unwrap_or_default(), entry.password.unwrap_or_default()));
     };
-    let decoded = if auth.trim_end().ends_with('=') { STANDARD.decode(auth.trim()) } else { STANDARD_NO_PAD.decode(auth.trim()) };
+    let decoded =
+        if auth.trim_end().ends_with('=') { STANDARD.decode(auth.trim()) } else { STANDARD_NO_PAD.decode(auth.trim()) };
     decoded
         .ok()
         .and_then(|bytes| String::from_utf8(bytes).ok())
@@ -298,7 +300,11 @@ mod tests {
     fn nothing_secret_is_shown() {
         let ring = keyring(r#"{"auths": {"quay.io": {"username": "user", "password": "hunter2"}}}"#);
         assert!(!format!("{ring:?}").contains("hunter2"));
-        for bad in [r#"{"auths": {"q": {"auth": "hunter2!"}}}"#, r#"{"auths": {"q": {"password": hunter2}}}"#, r#"{"auths": "hunter2"}"#] {
+        for bad in [
+            r#"{"auths": {"q": {"auth": "hunter2!"}}}"#,
+            r#"{"auths": {"q": {"password": hunter2}}}"#,
+            r#"{"auths": "hunter2"}"#,
+        ] {
             let error = Keyring::new().add_docker_config_json("secret ns/name", bad.as_bytes()).unwrap_err();
             assert!(error.to_string().contains("secret ns/name") && !error.to_string().contains("hunter2"), "{error}");
         }

@@ -140,7 +140,9 @@ mod tests {
         let good = format!("sha256:{}", "a".repeat(64));
         assert_eq!(good.parse::<Digest>().unwrap().hex().len(), 64);
         assert!(format!("sha512:{}", "0".repeat(128)).parse::<Digest>().is_ok());
-        for bad in ["", "sha256:", "sha256:../../etc", &good.to_uppercase(), &good[..70], "md5:00", "a".repeat(64).as_str()] {
+        for bad in
+            ["", "sha256:", "sha256:../../etc", &good.to_uppercase(), &good[..70], "md5:00", "a".repeat(64).as_str()]
+        {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
     }

@@ -12,9 +12,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ImageError {
     /// The name cannot be parsed. Wording of kubelet's `image_manager.go`. Not transient.
-    #[error(
-        "Failed to apply default image tag \"{name}\": couldn't parse image name \"{name}\": {detail}"
-    )]
+    #[error("Failed to apply default image tag \"{name}\": couldn't parse image name \"{name}\": {detail}")]
     InvalidName {
         /// The name as written in the Pod.
         name: String,

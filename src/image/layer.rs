@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::digest::{Digest, Hasher};
 use super::error::ImageError;
 use super::layout::{LayerUsage, Layout, Staging};
-use super::unpack::{DIRECTORY, UnpackError, Unpacked, copy_directory_attributes, unpack_layer};
+use super::unpack::{DIRECTORY, Unpacked, copy_directory_attributes, unpack_layer};
 
 /// Reads ahead of the tar reader; also the size of the pieces in which files are written.
 const BUFFER: usize = 256 << 10;
@@ -45,9 +45,10 @@ pub(super) fn unpack_blob(
     rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(ImageError::errno("chmod", &diff))?;
     let decoder = Decoder::detect(reader).map_err(|e| failed(e.to_string()))?;
     let mut hashed = Hashed { inner: decoder, hash: diff_id.hasher() };
-    let Unpacked { bytes, inodes, implied } =
-        unpack_layer(BufReader::with_capacity(BUFFER, &mut hashed), root.as_fd()).map_err(|error| match error {
-            UnpackError::NoSpace { .. } => ImageError::Pull {
+    let Unpacked { bytes, inodes, implied } = unpack_layer(BufReader::with_capacity(BUFFER, &mut hashed), root.as_fd())
+        .map_err(|error| match error {
+            // The node's trouble, not the layer's.
+            error if error.is_transient() => ImageError::Pull {
                 name: name.to_owned(),
                 detail: format!("failed to extract layer {layer}: {error}"),
                 transient: true,
@@ -56,7 +57,9 @@ pub(super) fn unpack_blob(
         })?;
     let actual = hashed.hash.finish();
     if actual != *diff_id {
-        return Err(failed(format!("the uncompressed layer has digest {actual}, the image configuration says {diff_id}")));
+        return Err(failed(format!(
+            "the uncompressed layer has digest {actual}, the image configuration says {diff_id}"
+        )));
     }
     let usage = serde_json::to_vec(&LayerUsage { bytes, inodes }).map_err(|e| failed(e.to_string()))?;
     fs::write(staging.path.join("layer.json"), usage).map_err(ImageError::io("write", &staging.path))?;
@@ -123,7 +126,8 @@ impl<R: BufRead> Decoder<io::Chain<Cursor<Vec<u8>>, R>> {
         let mut magic = Vec::with_capacity(4);
         reader.by_ref().take(4).read_to_end(&mut magic)?;
         let gzip = magic.starts_with(&[0x1f, 0x8b, 0x08]);
-        let zstd = magic == [0x28, 0xb5, 0x2f, 0xfd] || (magic.len() == 4 && magic[0] & 0xf0 == 0x50 && magic[1..] == [0x2a, 0x4d, 0x18]);
+        let zstd = magic == [0x28, 0xb5, 0x2f, 0xfd]
+            || (magic.len() == 4 && magic[0] & 0xf0 == 0x50 && magic[1..] == [0x2a, 0x4d, 0x18]);
         let reader = Cursor::new(magic).chain(reader);
         if gzip {
             return Ok(Self::Gzip(Box::new(MultiGzDecoder::new(reader))));

@@ -86,7 +86,9 @@ impl Layout {
         let lock = File::create(&path).map_err(ImageError::io("create", &path))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
             let source = match errno {
-                rustix::io::Errno::WOULDBLOCK => io::Error::other("another gantry uses this image store; stop it first"),
+                rustix::io::Errno::WOULDBLOCK => {
+                    io::Error::other("another gantry uses this image store; stop it first")
+                }
                 other => other.into(),
             };
             ImageError::io("lock", &path)(source)
@@ -131,9 +133,8 @@ impl Layout {
     /// Replaces the index, durably.
     pub fn write_index(&self, manifests: Vec<Descriptor>) -> Result<(), ImageError> {
         let index = Index { schema_version: 2, media_type: Some(OCI_INDEX.to_owned()), manifests };
-        let bytes = serde_json::to_vec_pretty(&index).map_err(|e| {
-            ImageError::io("write", self.root.join("index.json"))(io::Error::other(e.to_string()))
-        })?;
+        let bytes = serde_json::to_vec_pretty(&index)
+            .map_err(|e| ImageError::io("write", self.root.join("index.json"))(io::Error::other(e.to_string())))?;
         self.write_file("index.json", &bytes)
     }
 
@@ -316,10 +317,7 @@ pub(super) fn named(name: &str, resolved: &Digest, media_type: &str, manifest: &
         media_type: media_type.to_owned(),
         digest: manifest.clone(),
         size,
-        annotations: BTreeMap::from([
-            (NAME.to_owned(), name.to_owned()),
-            (RESOLVED.to_owned(), resolved.to_string()),
-        ]),
+        annotations: BTreeMap::from([(NAME.to_owned(), name.to_owned()), (RESOLVED.to_owned(), resolved.to_string())]),
         platform: None,
     }
 }

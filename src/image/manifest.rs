@@ -201,11 +201,17 @@ mod tests {
         let d = serde_json::to_value(descriptor("amd64", None)).unwrap();
         let parse = |value: serde_json::Value| Document::parse(value.to_string().as_bytes());
         assert!(parse(serde_json::json!({"schemaVersion": 2, "manifests": [], "layers": [], "config": d})).is_err());
-        assert!(parse(serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "layers": [], "config": d})).is_err());
+        assert!(
+            parse(serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "layers": [], "config": d})).is_err()
+        );
         assert!(parse(serde_json::json!({"schemaVersion": 1, "config": d})).unwrap_err().contains("schemaVersion 1"));
         assert!(parse(serde_json::json!({"schemaVersion": 2, "config": d, "layers": null})).is_ok());
         let mut layer = d.clone();
         layer["mediaType"] = "application/vnd.oci.image.layer.v1.tar+encrypted".into();
-        assert!(parse(serde_json::json!({"schemaVersion": 2, "config": d, "layers": [layer]})).unwrap_err().contains("encrypted"));
+        assert!(
+            parse(serde_json::json!({"schemaVersion": 2, "config": d, "layers": [layer]}))
+                .unwrap_err()
+                .contains("encrypted")
+        );
     }
 }

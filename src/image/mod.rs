@@ -1,7 +1,7 @@
 //! Images: registry client, store, unpacking, garbage collection, credentials.
 //!
 //! [`ImageStore::pull`] brings an image to the node, [`ImageStore::resolve`] finds it again, [`mount_rootfs`] puts it under a
-//! container. [`layout`] describes what is on disk and why a crash cannot hurt it, [`unpack`] why a hostile layer cannot.
+//! container. `layout.rs` describes what is on disk and why a crash cannot hurt it, `unpack.rs` why a hostile layer cannot.
 
 mod archive;
 mod auth;

@@ -50,9 +50,10 @@ pub fn mount_read_only(image: &Image, target: &Path) -> Result<(), ImageError> {
             lower.push(image.root.join(empty));
         }
     }
-    let attributes =
-        MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV
-            | MountAttrFlags::MOUNT_ATTR_NOSUID;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOSUID;
     overlay(image, &Overlay { lower, upper: None, attributes }, target)
 }
 
@@ -87,11 +88,12 @@ struct Overlay {
 }
 
 fn overlay(image: &Image, overlay: &Overlay, target: &Path) -> Result<(), ImageError> {
-    let failed =
-        |detail: String| ImageError::Mount { name: image.name.clone(), target: target.to_owned(), detail };
+    let failed = |detail: String| ImageError::Mount { name: image.name.clone(), target: target.to_owned(), detail };
     match mounted(target) {
         Ok(Some(OVERLAYFS)) => return Ok(()),
-        Ok(Some(other)) => return Err(failed(format!("a file system of type {other:#x} is mounted there; unmount it"))),
+        Ok(Some(other)) => {
+            return Err(failed(format!("a file system of type {other:#x} is mounted there; unmount it")));
+        }
         Ok(None) => {}
         Err(source) => return Err(failed(format!("the mount point cannot be used: {source}"))),
     }
@@ -123,7 +125,11 @@ fn new_api(overlay: &Overlay, target: &Path) -> Result<(), Failure> {
     let set = |key: &str, value: &Path| fsconfig_set_string(context.as_fd(), key, value);
     let explain = |step: &str, errno: Errno| {
         let messages = kernel_messages(&context);
-        Failure::Other(if messages.is_empty() { format!("{step}: {errno}") } else { format!("{step}: {errno}: {messages}") })
+        Failure::Other(if messages.is_empty() {
+            format!("{step}: {errno}")
+        } else {
+            format!("{step}: {errno}: {messages}")
+        })
     };
     fsconfig_set_string(context.as_fd(), "source", "overlay").map_err(|errno| explain("source", errno))?;
     for (at, lower) in overlay.lower.iter().enumerate() {
@@ -176,7 +182,10 @@ fn classic(overlay: &Overlay, target: &Path) -> Result<(), String> {
         }
     }
     if options.len() >= 4096 {
-        return Err(format!("{} layers do not fit the mount options of this kernel; newer ones (6.8 and later) take one layer at a time", lower.len()));
+        return Err(format!(
+            "{} layers do not fit the mount options of this kernel; newer ones (6.8 and later) take one layer at a time",
+            lower.len()
+        ));
     }
     let mut flags = MountFlags::empty();
     for (attribute, flag) in [
@@ -188,7 +197,8 @@ fn classic(overlay: &Overlay, target: &Path) -> Result<(), String> {
         flags.set(flag, overlay.attributes.contains(attribute));
     }
     let options = std::ffi::CString::new(options).map_err(|_| "a path holds a NUL byte".to_owned())?;
-    rustix::mount::mount("overlay", target, "overlay", flags, Some(options.as_c_str())).map_err(|errno| format!("mount: {errno}"))
+    rustix::mount::mount("overlay", target, "overlay", flags, Some(options.as_c_str()))
+        .map_err(|errno| format!("mount: {errno}"))
 }
 
 fn descriptor_path(fd: BorrowedFd<'_>) -> Vec<u8> {
@@ -205,4 +215,11 @@ fn escaped(path: &Path) -> Vec<u8> {
         escaped.push(*byte);
     }
     escaped
+}
+
+/// Mounts by the way of older kernels, whatever this one can do.
+#[cfg(test)]
+pub(super) fn classic_for_tests(lower: Vec<PathBuf>, writable: &Path, target: &Path) {
+    let upper = Some((writable.join("upper"), writable.join("work")));
+    classic(&Overlay { lower, upper, attributes: MountAttrFlags::empty() }, target).unwrap();
 }

@@ -201,17 +201,17 @@ impl Pull {
         let name = self.reference.to_string();
         let (session, resolved, digest, manifest_bytes, manifest) = match self.resolve().await? {
             Resolved::Here(image) => return Ok(Pulled { image, bytes: 0, duration: started.elapsed() }),
-            Resolved::There { session, resolved, digest, bytes, manifest } => (session, resolved, digest, bytes, manifest),
+            Resolved::There { session, resolved, digest, bytes, manifest } => {
+                (session, resolved, digest, bytes, manifest)
+            }
         };
         let store = &self.store;
         let blobs = manifest.layers.iter().map(|layer| layer.digest.clone());
-        let _blobs =
-            store.pin(blobs.chain([digest.clone(), manifest.config.digest.clone()]), std::iter::empty());
+        let _blobs = store.pin(blobs.chain([digest.clone(), manifest.config.digest.clone()]), std::iter::empty());
         let (config, mut bytes) = self.config(&session, &manifest).await?;
         bytes += manifest_bytes.len() as u64;
-        let describe = |name: &str| {
-            store.describe(name, &resolved, &digest, manifest_bytes.len() as u64, &manifest, &config)
-        };
+        let describe =
+            |name: &str| store.describe(name, &resolved, &digest, manifest_bytes.len() as u64, &manifest, &config);
         let image = describe(&name).map_err(|detail| session.corrupt(detail))?;
         let by_digest = self.reference.with_digest(&resolved).to_string();
         let images = match by_digest == name {
@@ -241,7 +241,8 @@ impl Pull {
                 result => return result,
             }
         }
-        Err(first_refusal.unwrap_or_else(|| ImageError::pull(&self.reference.to_string(), "no way to ask the registry")))
+        Err(first_refusal
+            .unwrap_or_else(|| ImageError::pull(&self.reference.to_string(), "no way to ask the registry")))
     }
 
     async fn resolve_as(&self, session: Arc<Session>) -> Result<Resolved, ImageError> {
@@ -263,7 +264,10 @@ impl Pull {
                 }
                 Document::Index(entries) => {
                     let entry = select(&entries, architecture()).ok_or_else(|| {
-                        session.corrupt(format!("no match for platform linux/{} in index {resolved}: not found", architecture()))
+                        session.corrupt(format!(
+                            "no match for platform linux/{} in index {resolved}: not found",
+                            architecture()
+                        ))
                     })?;
                     (bytes, digest) = session.manifest(&Target::Digest(entry.digest.clone())).await?;
                 }
@@ -333,6 +337,10 @@ fn publish_image(
 ) -> Result<(), ImageError> {
     store.commit(|| {
         let layout = &store.layout;
+        // A pull that its callers have given up has no pins any more, and the collector may have been here.
+        if let Some(digest) = image.layer_digests.iter().find(|digest| !layout.blob(digest).is_file()) {
+            return Err(vanished(image, digest));
+        }
         layout.write_blob(&image.manifest, manifest)?;
         layout.write_blob(&image.config_digest, config)?;
         // Top first, as a look-up goes.
@@ -355,11 +363,7 @@ fn publish_image(
                 staged.staging.commit(&place)?;
             }
             if !place.is_dir() {
-                return Err(ImageError::Pull {
-                    name: image.name.clone(),
-                    detail: format!("layer {chain_id} went away during the pull"),
-                    transient: true,
-                });
+                return Err(vanished(image, chain_id));
             }
         }
         layout.sync_directories()?;
@@ -368,6 +372,14 @@ fn publish_image(
         layout.touch(&image.config_digest, now)?;
         Ok(images)
     })
+}
+
+fn vanished(image: &Image, layer: &Digest) -> ImageError {
+    ImageError::Pull {
+        name: image.name.clone(),
+        detail: format!("layer {layer} went away during the pull"),
+        transient: true,
+    }
 }
 
 async fn fetch_layer(
@@ -380,7 +392,8 @@ async fn fetch_layer(
     // Before the permit: who waits for somebody else's download needs none.
     let blob_lock = store.blob_lock(digest);
     let _blob = blob_lock.lock().await;
-    let _permit = store.downloads.acquire().await.map_err(|_| ImageError::pull(session.name(), "the store is closing"))?;
+    let _permit =
+        store.downloads.acquire().await.map_err(|_| ImageError::pull(session.name(), "the store is closing"))?;
     let have_blob = store.layout.blob(digest).is_file();
     let have_layer = store.layout.layer(&spec.chain_id).is_dir();
     let mut ready = None;
@@ -399,7 +412,11 @@ async fn fetch_layer(
 }
 
 /// Unpacks a blob that is here. `None` if it turns out to be damaged: it is removed, and must be downloaded.
-async fn unpack_stored(store: &Arc<ImageStore>, session: &Session, spec: &LayerSpec) -> Result<Option<Ready>, ImageError> {
+async fn unpack_stored(
+    store: &Arc<ImageStore>,
+    session: &Session,
+    spec: &LayerSpec,
+) -> Result<Option<Ready>, ImageError> {
     let (store, spec, name) = (Arc::clone(store), spec.clone(), session.name().to_owned());
     let interrupted = ImageError::pull(&name, "unpacking was interrupted");
     spawn_blocking(move || {
@@ -436,7 +453,9 @@ async fn download_layer(
             let digest = &spec.descriptor.digest;
             let ready = match have_layer {
                 true => Ready::Present,
-                false => Ready::Staged(Arc::new(unpack_blob(&store.layout, &mut reader, &spec.diff_id, &name, digest)?)),
+                false => {
+                    Ready::Staged(Arc::new(unpack_blob(&store.layout, &mut reader, &spec.diff_id, &name, digest)?))
+                }
             };
             // Only here is the blob known to be complete and right.
             drain(&mut reader).map_err(ImageError::io("write", &copy.path))?;

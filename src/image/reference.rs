@@ -188,9 +188,9 @@ fn is_path_component(component: &str) -> bool {
     if !bytes.first().is_some_and(alphanumeric) || !bytes.last().is_some_and(alphanumeric) {
         return false;
     }
-    bytes
-        .chunk_by(|a, b| alphanumeric(a) == alphanumeric(b))
-        .all(|run| alphanumeric(&run[0]) || run == b"." || run == b"_" || run == b"__" || run.iter().all(|b| *b == b'-'))
+    bytes.chunk_by(|a, b| alphanumeric(a) == alphanumeric(b)).all(|run| {
+        alphanumeric(&run[0]) || run == b"." || run == b"_" || run == b"__" || run.iter().all(|b| *b == b'-')
+    })
 }
 
 #[cfg(test)]
@@ -233,8 +233,30 @@ mod tests {
         );
         assert_eq!("inv@lid".parse::<Reference>().unwrap_err().reason(), "InvalidImageName");
         for bad in [
-            "", ":", "/", "a/", "/a", "a//b", "a:", "a:b:c", "a b", "a@sha256:00", "-a", "a-", "a..b", "a___b", "a/.b",
-            "Upper", "app:-x", "host:/a", "[::1/a", "[]/a", "ho_st.x/a", "ä", &"a".repeat(300), &"0".repeat(64),
+            "",
+            ":",
+            "/",
+            "a/",
+            "/a",
+            "a//b",
+            "a:",
+            "a:b:c",
+            "a b",
+            "a@sha256:00",
+            "-a",
+            "a-",
+            "a..b",
+            "a___b",
+            "a/.b",
+            "Upper",
+            "app:-x",
+            "host:/a",
+            "[::1/a",
+            "[]/a",
+            "ho_st.x/a",
+            "ä",
+            &"a".repeat(300),
+            &"0".repeat(64),
             &format!("a:{}", "t".repeat(129)),
         ] {
             assert!(bad.parse::<Reference>().is_err(), "{bad}");

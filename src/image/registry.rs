@@ -263,15 +263,22 @@ impl Session {
     async fn token(&self, realm: reqwest::Url, bearer: &auth::Bearer) -> Result<Option<HeaderValue>, ImageError> {
         let mut attempt = 1;
         loop {
-            let request =
-                auth::token_request(&self.registry.client, realm.clone(), bearer, &self.repository, self.credential.as_ref());
+            let request = auth::token_request(
+                &self.registry.client,
+                realm.clone(),
+                bearer,
+                &self.repository,
+                self.credential.as_ref(),
+            );
             let wait = match request.send().await {
                 Err(error) if attempt == ATTEMPTS => return Err(self.unavailable(describe(error))),
                 Err(_) => None,
                 Ok(response) if response.status().is_success() => {
                     let body = read_bounded(response, MAX_REPLY).await.map_err(|e| self.unavailable(describe(e)))?;
                     let body = body.ok_or_else(|| self.denied("the token server's reply is too long"))?;
-                    return auth::bearer_header(&body).ok_or_else(|| self.denied("the token server sent no token")).map(Some);
+                    return auth::bearer_header(&body)
+                        .ok_or_else(|| self.denied("the token server sent no token"))
+                        .map(Some);
                 }
                 Ok(response) if is_transient(response.status()) && attempt < ATTEMPTS => retry_after(&response),
                 Ok(response) => return Err(self.refused(response, "token").await),
@@ -387,13 +394,44 @@ fn describe(error: reqwest::Error) -> String {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn certificates_are_checked() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let registry = Registry::new(&[], Duration::from_secs(5), Duration::from_secs(5)).unwrap();
+        let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let key = rustls_pki_types::PrivateKeyDer::try_from(own.signing_key.serialize_der()).unwrap();
+        let config = rustls::ServerConfig::builder().with_no_client_auth();
+        let config = config.with_single_cert(vec![own.cert.der().clone()], key).unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let server = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            acceptor.accept(stream).await.is_ok()
+        });
+        let error = registry.client.get(format!("https://{address}/v2/?secret=1")).send().await.unwrap_err();
+        let error = describe(error);
+        assert!(error.contains("certificate") && !error.contains("secret"), "{error}");
+        assert!(!server.await.unwrap());
+    }
+
     #[test]
     fn only_loopback_and_named_hosts_are_plain() {
         let insecure = HashSet::from(["reg.local:5000".to_owned(), "bare".to_owned()]);
-        for host in ["localhost", "localhost:5000", "127.0.0.1:80", "127.9.9.9", "[::1]:5000", "[::1]", "reg.local:5000", "bare:1"] {
+        for host in [
+            "localhost",
+            "localhost:5000",
+            "127.0.0.1:80",
+            "127.9.9.9",
+            "[::1]:5000",
+            "[::1]",
+            "reg.local:5000",
+            "bare:1",
+        ] {
             assert!(plain_http(host, &insecure), "{host}");
         }
-        for host in ["reg.local", "reg.local:5001", "10.0.0.1:5000", "localhost.evil", "127.0.0.1.evil:80", "[::2]:5000"] {
+        for host in
+            ["reg.local", "reg.local:5001", "10.0.0.1:5000", "localhost.evil", "127.0.0.1.evil:80", "[::2]:5000"]
+        {
             assert!(!plain_http(host, &insecure), "{host}");
         }
     }

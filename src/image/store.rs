@@ -267,6 +267,7 @@ impl ImageStore {
     }
 
     /// Records that a container uses the image now. Survives a restart. Unknown IDs are fine: the image may be gone.
+    /// Short enough (two system calls on a file that is cached) for async code.
     pub fn note_use(&self, image_id: &str) -> Result<(), ImageError> {
         let digest = self.state().images.values().find(|i| i.id == image_id).map(|i| i.config_digest.clone());
         digest.map_or(Ok(()), |digest| self.layout.touch(&digest, SystemTime::now()))
@@ -353,10 +354,7 @@ impl ImageStore {
     }
 
     /// Makes images visible after `publish` has put their files in place. Blocking.
-    pub(super) fn commit(
-        &self,
-        publish: impl FnOnce() -> Result<Vec<Image>, ImageError>,
-    ) -> Result<(), ImageError> {
+    pub(super) fn commit(&self, publish: impl FnOnce() -> Result<Vec<Image>, ImageError>) -> Result<(), ImageError> {
         let _commit = lock(&self.commit);
         let images = publish()?;
         let mut previous = Vec::new();

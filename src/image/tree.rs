@@ -117,9 +117,8 @@ impl Tree {
                 }
                 // A link, or something else that is no directory: reading it as a link tells.
                 Err(Errno::LOOP | Errno::NOTDIR) => {
-                    let target = readlinkat(here, part.as_slice(), Vec::new()).map_err(|errno| {
-                        io::Error::from(if errno == Errno::INVAL { Errno::NOTDIR } else { errno })
-                    })?;
+                    let target = readlinkat(here, part.as_slice(), Vec::new())
+                        .map_err(|errno| io::Error::from(if errno == Errno::INVAL { Errno::NOTDIR } else { errno }))?;
                     links += 1;
                     if links > MAX_LINKS {
                         return Err(Errno::LOOP.into());

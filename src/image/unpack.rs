@@ -33,7 +33,7 @@ const SPACE_CHECK_ENTRIES: u64 = 4096;
 /// Space that unpacking leaves free: 2 %, at most this. A full disk takes the whole node down; a failed pull does not.
 const MAX_RESERVE: u64 = 512 << 20;
 
-/// Why a layer was not unpacked. Never transient, except for [`UnpackError::NoSpace`] and [`UnpackError::Read`].
+/// Why a layer was not unpacked. [`UnpackError::is_transient`] tells trouble of the node from a bad layer.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
     /// The stream ended early or is not an archive.
@@ -56,13 +56,31 @@ pub enum UnpackError {
         source: io::Error,
     },
     /// The file system is nearly full.
-    #[error("not enough space: {available} bytes and {inodes} inodes left; free some or let image garbage collection do it")]
+    #[error(
+        "not enough space: {available} bytes and {inodes} inodes left; free some or let image garbage collection do it"
+    )]
     NoSpace {
         /// Bytes left.
         available: u64,
         /// Inodes left.
         inodes: u64,
     },
+}
+
+impl UnpackError {
+    /// Whether the same layer may unpack when the node has more disk, memory or file handles.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::NoSpace { .. } => true,
+            Self::Io { source, .. } => matches!(
+                source.raw_os_error().map(Errno::from_raw_os_error),
+                Some(
+                    Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::ROFS
+                )
+            ),
+            Self::Read(_) | Self::Entry { .. } => false,
+        }
+    }
 }
 
 /// What was unpacked.
@@ -73,7 +91,7 @@ pub struct Unpacked {
     /// Files, directories and other members made.
     pub inodes: u64,
     /// Directories that the archive uses but does not describe. They were made with mode 0755 and belong to root; where a
-    /// lower layer has the same directory its attributes must be copied (see [`super::layer`]). Paths below the root, which is
+    /// lower layer has the same directory its attributes must be copied (`layer.rs` does). Paths below the root, which is
     /// itself the empty path.
     pub implied: Vec<Vec<u8>>,
 }
@@ -278,7 +296,8 @@ impl Unpacker {
                 remove_any(dir, name).map_err(io)?;
                 self.links.reset();
                 self.links.enter_existing(parents).map_err(io)?;
-                linkat(self.links.current(), base, self.tree.current(), name, AtFlags::empty()).map_err(|e| io(e.into()))
+                linkat(self.links.current(), base, self.tree.current(), name, AtFlags::empty())
+                    .map_err(|e| io(e.into()))
             }
             result => result.map_err(|errno| {
                 failed(&entry.path, io::Error::other(format!("hard link target {}: {errno}", lossy(target))))
@@ -295,7 +314,10 @@ impl Unpacker {
         (major, minor): (u32, u32),
     ) -> Result<(), UnpackError> {
         if kind == FileType::CharacterDevice && (major, minor) == (0, 0) {
-            return Err(rule(&entry.path, "character device 0:0 is overlayfs' own whiteout; use .wh.<name>".to_owned()));
+            return Err(rule(
+                &entry.path,
+                "character device 0:0 is overlayfs' own whiteout; use .wh.<name>".to_owned(),
+            ));
         }
         let mode = Mode::from_raw_mode(entry.mode);
         self.replace(name, |dir| mknodat(dir, name, kind, mode, makedev(major, minor)))
