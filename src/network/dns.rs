@@ -268,7 +268,9 @@ pub fn check_limits(path: &str, resolver: &ResolvConf, cluster_domain: &str) -> 
             "Resolv.conf file {path:?} contains a search path which length is more than allowed {MAX_SEARCH_PATH} chars!"
         )
     } else if line_length(searches) > MAX_SEARCH_LINE {
-        format!("Resolv.conf file '{path}' contains search line which length is more than allowed {MAX_SEARCH_LINE} chars!")
+        format!(
+            "Resolv.conf file '{path}' contains search line which length is more than allowed {MAX_SEARCH_LINE} chars!"
+        )
     } else {
         return None;
     };

@@ -9,10 +9,10 @@ use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
 use super::ipam::Subnet;
-use super::link::{Links, Veth};
+use super::link::{Links, Port};
 use super::nft::{Nftables, Transaction};
 use super::record::Record;
-use super::{Context, NetworkConfig, NetworkError, rules, sysctl};
+use super::{Context, NetworkConfig, NetworkError, Protocol, conntrack, rules, sysctl};
 
 const DEFAULT_MTU: u32 = 1500;
 /// What the names of the node's ends of Pod interfaces start with.
@@ -50,13 +50,13 @@ impl Host {
         if subnets.is_empty() {
             return Ok(());
         }
-        let (index, _) = self.ensure_bridge(subnets)?;
+        let (index, _) = self.ensure_bridge()?;
         let bridge = &self.bridge;
         self.links.set_gateways(index, subnets).context(|| format!("set the addresses of bridge {bridge}"))?;
         self.enable_forwarding(subnets)
     }
 
-    fn ensure_bridge(&mut self, subnets: &[Subnet]) -> Result<(u32, u32), NetworkError> {
+    fn ensure_bridge(&mut self) -> Result<(u32, u32), NetworkError> {
         let name = &self.bridge;
         let action = || format!("create bridge {name}");
         if let Some(link) = self.links.find(name).context(action)?
@@ -69,8 +69,7 @@ impl Host {
             Some(mtu) => mtu,
             None => self.links.uplink_mtu().context(|| "find the default route".into())?.unwrap_or(DEFAULT_MTU),
         };
-        let mac = subnets.first().map_or([2; 6], |subnet| mac_of(subnet.gateway()));
-        let link = self.links.ensure_bridge(name, mac, mtu).context(action)?;
+        let link = self.links.ensure_bridge(name, gateway_mac(name), mtu).context(action)?;
         self.ready = Some((link.index, mtu));
         Ok((link.index, mtu))
     }
@@ -121,6 +120,20 @@ impl Host {
         self.change_elements(transaction, "close host ports", pod)
     }
 
+    /// Lets UDP clients of a Pod's host ports find out that they lead elsewhere now. The calling thread must be in the
+    /// agent's network namespace.
+    pub fn forget_udp_flows(&mut self, pod: &Record) -> Result<(), NetworkError> {
+        let udp = pod.host_ports.iter().filter(|port| port.protocol == Protocol::Udp);
+        let ports: HashSet<u16> = udp.map(|port| port.host_port).collect();
+        if ports.is_empty() {
+            return Ok(());
+        }
+        let addresses = self.links.addresses().context(|| "list the node's addresses".into())?;
+        let addresses = addresses.into_iter().map(|(_, net)| net.addr()).collect();
+        let action = || format!("forget UDP flows to host ports of Pod {}/{}", pod.namespace, pod.name);
+        conntrack::forget_udp(&addresses, &ports).context(action)
+    }
+
     fn change_elements(&mut self, transaction: Transaction, action: &str, pod: &Record) -> Result<bool, NetworkError> {
         match self.nftables.commit(transaction) {
             Ok(()) => Ok(true),
@@ -133,20 +146,18 @@ impl Host {
         }
     }
 
-    /// Creates a Pod's interfaces; makes the bridge again if it has disappeared. The calling thread may be in any
-    /// namespace as long as the bridge is there.
-    pub fn create_veth(&mut self, uid: &str, address: IpAddr, net_ns: BorrowedFd<'_>) -> Result<(), CreateVethError> {
+    /// Creates a Pod's interfaces. The calling thread may be in any network namespace.
+    pub fn create_veth(&mut self, pod: &Record, net_ns: BorrowedFd<'_>) -> Result<(), CreateVethError> {
         let Some((bridge, mtu)) = self.ready else { return Err(CreateVethError::BridgeMissing) };
-        let name = veth_name(&self.bridge, uid);
-        let veth = Veth { name: &name, bridge, mtu, mac: mac_of(address), net_ns };
-        match self.links.create_veth(&veth) {
+        let place = Place::of(&self.bridge, pod);
+        match self.links.create_veth(&place.port(bridge), mtu, net_ns) {
             Ok(()) => Ok(()),
             Err(error) if matches!(error.errno(), Some(Errno::ENODEV | Errno::EINVAL)) && self.bridge_is_gone() => {
                 self.ready = None;
                 Err(CreateVethError::BridgeMissing)
             }
             Err(source) => {
-                let action = format!("create interface {name}");
+                let action = format!("create interface {}", place.name);
                 Err(CreateVethError::Other(NetworkError::Netlink { action, source }))
             }
         }
@@ -158,9 +169,13 @@ impl Host {
     }
 
     /// Deletes a Pod's interfaces, which may be gone.
-    pub fn delete_veth(&mut self, uid: &str) -> Result<(), NetworkError> {
-        let name = veth_name(&self.bridge, uid);
-        self.links.delete(&name).context(|| format!("delete interface {name}"))
+    pub fn delete_veth(&mut self, pod: &Record) -> Result<(), NetworkError> {
+        let place = Place::of(&self.bridge, pod);
+        let action = || format!("delete interface {}", place.name);
+        match self.links.find(&self.bridge).context(action)? {
+            Some(bridge) => self.links.remove(&place.port(bridge.index)).context(action),
+            None => self.links.delete(&place.name).context(action),
+        }
     }
 
     /// Whether a Pod's interface exists.
@@ -171,22 +186,46 @@ impl Host {
 
     /// Deletes ports of the bridge that belong to no Pod and puts those of Pods back on the bridge.
     pub fn reconcile_veths(&mut self, pods: &HashMap<String, Record>) -> Result<(), NetworkError> {
-        let expected: HashSet<String> = pods.keys().map(|uid| veth_name(&self.bridge, uid)).collect();
+        let mut places: HashMap<String, Place> =
+            pods.values().map(|pod| Place::of(&self.bridge, pod)).map(|place| (place.name.clone(), place)).collect();
         let links = self.links.all().context(|| "list interfaces".into())?;
         let Some(bridge) = links.iter().find(|link| link.name == self.bridge).map(|link| link.index) else {
             return Ok(());
         };
         for link in links.iter().filter(|link| link.name.starts_with(VETH_PREFIX)) {
             let name = &link.name;
-            if expected.contains(name) {
-                if link.master != Some(bridge) {
-                    self.links.attach(name, bridge).context(|| format!("attach {name} to bridge {}", self.bridge))?;
+            match places.remove(name) {
+                Some(_) if link.master == Some(bridge) => {}
+                Some(place) => {
+                    let action = || format!("attach {name} to bridge {}", self.bridge);
+                    self.links.attach(&place.port(bridge)).context(action)?;
                 }
-            } else if link.master == Some(bridge) {
-                self.links.delete(name).context(|| format!("delete interface {name} of a Pod that is gone"))?;
+                None if link.master == Some(bridge) => {
+                    self.links.delete(name).context(|| format!("delete interface {name} of a Pod that is gone"))?;
+                }
+                None => {}
             }
         }
         Ok(())
+    }
+}
+
+/// What follows from a Pod's record for its port of the bridge.
+struct Place {
+    name: String,
+    mac: [u8; 6],
+    addresses: Vec<IpAddr>,
+}
+
+impl Place {
+    fn of(bridge: &str, pod: &Record) -> Self {
+        let addresses: Vec<IpAddr> = pod.addresses.iter().map(|entry| entry.address).collect();
+        let mac = addresses.first().map_or([0x0a, 0x58, 0, 0, 0, 0], |address| mac_of(*address));
+        Self { name: veth_name(bridge, &pod.uid), mac, addresses }
+    }
+
+    fn port(&self, bridge: u32) -> Port<'_> {
+        Port { name: &self.name, bridge, mac: self.mac, addresses: &self.addresses }
     }
 }
 
@@ -222,7 +261,13 @@ fn veth_name(bridge: &str, uid: &str) -> String {
     format!("{VETH_PREFIX}{}", &hash[..11])
 }
 
-/// A hardware address that follows from the IP address: when an address moves to another Pod, nobody's neighbour cache
+/// The bridge's hardware address. Pods know it by heart, so it depends on nothing that can change.
+pub fn gateway_mac(bridge: &str) -> [u8; 6] {
+    let digest = Sha256::digest(bridge);
+    [0x0a, 0x59, digest[0], digest[1], digest[2], digest[3]]
+}
+
+/// A Pod's hardware address, which follows from the IP address: when an address moves to another Pod, nobody's neighbour cache
 /// becomes wrong.
 fn mac_of(address: IpAddr) -> [u8; 6] {
     let tail = match address {

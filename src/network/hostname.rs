@@ -163,7 +163,10 @@ mod tests {
             (("web", "", "", None, false), ("web", "", "web")),
             (("web", "custom", "", None, true), ("custom", "", "custom")),
             (("web", "", "sub", None, false), ("web", "sub.default.svc.cluster.local", "web")),
-            (("web", "h", "sub", None, true), ("h", "sub.default.svc.cluster.local", "h.sub.default.svc.cluster.local")),
+            (
+                ("web", "h", "sub", None, true),
+                ("h", "sub.default.svc.cluster.local", "h.sub.default.svc.cluster.local"),
+            ),
             (("web", "h", "sub", Some("over.ride"), true), ("over.ride", "", "over.ride")),
             ((long.as_str(), "", "", None, false), (cut.as_str(), "", cut.as_str())),
             ((dotted.as_str(), "", "", None, false), (&cut[..62], "", &cut[..62])),
@@ -189,7 +192,10 @@ mod tests {
             let error = pod_hostname(&pod("web", spec), "cluster.local").unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        assert!(matches!(pod_hostname(&pod(&"-".repeat(70), PodSpec::default()), ""), Err(HostnameError::Empty { .. })));
+        assert!(matches!(
+            pod_hostname(&pod(&"-".repeat(70), PodSpec::default()), ""),
+            Err(HostnameError::Empty { .. })
+        ));
     }
 
     proptest! {

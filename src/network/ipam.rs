@@ -104,7 +104,8 @@ impl Pool {
     pub fn allocate(&mut self, subnet: &Subnet) -> Option<IpAddr> {
         let capacity = subnet.capacity();
         // Pods have the offsets 2..capacity + 2.
-        let start = self.last.get(&subnet.net).and_then(|last| subnet.offset(*last)).map_or(0, |last| last.saturating_sub(1));
+        let start =
+            self.last.get(&subnet.net).and_then(|last| subnet.offset(*last)).map_or(0, |last| last.saturating_sub(1));
         // Among used + 1 candidates one is free, if there are as many.
         let attempts = capacity.min(self.used.len() as u128 + 1);
         let address = (0..attempts)

@@ -11,6 +11,9 @@ use rtnetlink::packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData,
     InfoPortKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
 use rtnetlink::packet_route::route::{
     RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -32,6 +35,7 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_PRIORITY: u16 = 6;
 
@@ -47,17 +51,16 @@ pub struct Link {
     pub mtu: u32,
 }
 
-/// One Pod's pair of virtual interfaces.
-pub struct Veth<'a> {
-    /// Name of the node's end.
+/// A Pod's place on the bridge.
+pub struct Port<'a> {
+    /// Name of the node's end of the Pod's interfaces.
     pub name: &'a str,
     /// Index of the bridge.
     pub bridge: u32,
-    pub mtu: u32,
     /// Hardware address of the Pod's end.
     pub mac: [u8; 6],
-    /// The Pod's network namespace.
-    pub net_ns: BorrowedFd<'a>,
+    /// The Pod's addresses.
+    pub addresses: &'a [IpAddr],
 }
 
 /// Routing netlink in the network namespace of the thread that opened it.
@@ -98,7 +101,7 @@ impl Links {
                 LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge), LinkInfo::Data(data)]),
             ];
             let request = RouteNetlinkMessage::NewLink(message);
-            tolerate(self.socket.execute(&[Request::route(&request, NLM_F_CREATE | NLM_F_EXCL)]), Errno::EEXIST)?;
+            tolerate(self.socket.execute(&[Request::route(&request, NLM_F_CREATE | NLM_F_EXCL)]), &[Errno::EEXIST])?;
         }
         // Without an address of its own a bridge takes the lowest of its ports' and changes it when Pods come and go.
         let mut message = LinkMessage::default();
@@ -113,20 +116,21 @@ impl Links {
     /// Makes the gateways of `subnets` the only addresses of the bridge, apart from IPv6 link-local ones.
     pub fn set_gateways(&mut self, bridge: u32, subnets: &[Subnet]) -> Result<(), NetlinkError> {
         let wanted: Vec<IpNet> = subnets.iter().map(gateway).collect();
-        let present = self.addresses(bridge)?;
+        let present: Vec<IpNet> =
+            self.addresses()?.into_iter().filter(|(index, _)| *index == bridge).map(|(_, net)| net).collect();
         let link_local = |net: &IpNet| matches!(net, IpNet::V6(v6) if v6.addr().is_unicast_link_local());
         let stale = present.iter().filter(|net| !wanted.contains(net) && !link_local(net));
         let missing = wanted.iter().filter(|net| !present.contains(net));
-        let mut requests: Vec<Request> = stale
-            .map(|net| Request::route(&RouteNetlinkMessage::DelAddress(address(bridge, *net)), 0))
-            .collect();
+        let mut requests: Vec<Request> =
+            stale.map(|net| Request::route(&RouteNetlinkMessage::DelAddress(address(bridge, *net)), 0)).collect();
         requests.extend(missing.map(|net| new_address(bridge, *net)));
         self.socket.execute(&requests)
     }
 
-    fn addresses(&mut self, index: u32) -> Result<Vec<IpNet>, NetlinkError> {
+    /// All addresses with the interfaces that have them.
+    pub fn addresses(&mut self) -> Result<Vec<(u32, IpNet)>, NetlinkError> {
         let replies = self.socket.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
-        Ok(replies.iter().filter_map(|reply| parse_address(reply)).filter(|(on, _)| *on == index).map(|(_, net)| net).collect())
+        Ok(replies.iter().filter_map(|reply| parse_address(reply)).collect())
     }
 
     /// The MTU of the interface with the best default route, IPv4 first; none without a default route.
@@ -135,43 +139,62 @@ impl Links {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
             let replies = self.socket.dump(&RouteNetlinkMessage::GetRoute(message))?;
-            let Some((_, index)) = replies.iter().filter_map(|reply| parse_default_route(reply)).min() else { continue };
+            let Some((_, index)) = replies.iter().filter_map(|reply| parse_default_route(reply)).min() else {
+                continue;
+            };
             return Ok(self.all()?.into_iter().find(|link| link.index == index).map(|link| link.mtu));
         }
         Ok(None)
     }
 
     /// Creates a Pod's interfaces: the node's end as a port of the bridge, the Pod's end inside its namespace.
-    pub fn create_veth(&mut self, veth: &Veth<'_>) -> Result<(), NetlinkError> {
+    pub fn create_veth(&mut self, port: &Port<'_>, mtu: u32, net_ns: BorrowedFd<'_>) -> Result<(), NetlinkError> {
         let mut peer = LinkMessage::default();
         peer.attributes = vec![
             LinkAttribute::IfName(POD_INTERFACE.into()),
-            LinkAttribute::Mtu(veth.mtu),
-            LinkAttribute::Address(veth.mac.into()),
-            LinkAttribute::NetNsFd(veth.net_ns.as_raw_fd()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::Address(port.mac.into()),
+            LinkAttribute::NetNsFd(net_ns.as_raw_fd()),
         ];
         let mut pair = LinkMessage::default();
         let data = InfoData::Veth(InfoVeth::Peer(peer));
         pair.attributes = vec![
-            LinkAttribute::IfName(veth.name.into()),
-            LinkAttribute::Mtu(veth.mtu),
+            LinkAttribute::IfName(port.name.into()),
+            LinkAttribute::Mtu(mtu),
             LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)]),
             // A port from its first moment: an interrupted set-up leaves nothing that is not on our bridge.
-            LinkAttribute::Controller(veth.bridge),
+            LinkAttribute::Controller(port.bridge),
         ];
-        self.socket.execute(&[
-            Request::route(&RouteNetlinkMessage::NewLink(pair), NLM_F_CREATE | NLM_F_EXCL),
-            no_ipv6_addresses(veth.name),
-            isolate_and_raise(veth.name),
-        ])
+        let create = Request::route(&RouteNetlinkMessage::NewLink(pair), NLM_F_CREATE | NLM_F_EXCL);
+        self.socket.execute(&[create])?;
+        self.plug(port)
     }
 
-    /// Makes an interface a port of the bridge again.
-    pub fn attach(&mut self, name: &str, bridge: u32) -> Result<(), NetlinkError> {
+    /// Makes an existing interface the Pod's port again.
+    pub fn attach(&mut self, port: &Port<'_>) -> Result<(), NetlinkError> {
         let mut message = LinkMessage::default();
-        message.attributes = vec![LinkAttribute::IfName(name.into()), LinkAttribute::Controller(bridge)];
-        let attach = Request::route(&RouteNetlinkMessage::SetLink(message), 0);
-        self.socket.execute(&[attach, isolate_and_raise(name)])
+        message.attributes = vec![LinkAttribute::IfName(port.name.into()), LinkAttribute::Controller(port.bridge)];
+        self.socket.execute(&[Request::route(&RouteNetlinkMessage::SetLink(message), 0)])?;
+        self.plug(port)
+    }
+
+    /// Tells bridge and node where the Pod is, once and for all, and opens the port.
+    fn plug(&mut self, port: &Port<'_>) -> Result<(), NetlinkError> {
+        let missing = NetlinkError::Refused { index: 0, errno: Errno::ENODEV, detail: port.name.into() };
+        let index = self.find(port.name)?.ok_or(missing)?.index;
+        let mut requests = vec![no_ipv6_addresses(port.name), open_port(port.name), forwarding_entry(index, port.mac)];
+        requests.extend(port.addresses.iter().map(|address| new_neighbour(port.bridge, *address, port.mac)));
+        self.socket.execute(&requests)
+    }
+
+    /// Deletes a Pod's interfaces and what the node knows of its addresses; all of it may be gone already.
+    pub fn remove(&mut self, port: &Port<'_>) -> Result<(), NetlinkError> {
+        self.delete(port.name)?;
+        for address in port.addresses {
+            let message = RouteNetlinkMessage::DelNeighbour(neighbour(port.bridge, *address));
+            tolerate(self.socket.execute(&[Request::route(&message, 0)]), &[Errno::ENOENT, Errno::ENODEV])?;
+        }
+        Ok(())
     }
 
     /// Deletes an interface; it may be gone already.
@@ -179,13 +202,13 @@ impl Links {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.into()));
         let request = Request::route(&RouteNetlinkMessage::DelLink(message), 0);
-        tolerate(self.socket.execute(&[request]), Errno::ENODEV)
+        tolerate(self.socket.execute(&[request]), &[Errno::ENODEV])
     }
 
     /// Inside a Pod's namespace: the loopback interface up, and `eth0` with its addresses and default routes.
     ///
     /// Addresses have full-length prefixes and everything goes through the gateway; [`super`] says why.
-    pub fn configure_pod(&mut self, addresses: &[(IpAddr, Subnet)]) -> Result<(), NetlinkError> {
+    pub fn configure_pod(&mut self, addresses: &[(IpAddr, Subnet)], gateway_mac: [u8; 6]) -> Result<(), NetlinkError> {
         self.socket.execute(&[raise("lo")])?;
         if addresses.is_empty() {
             return Ok(());
@@ -199,14 +222,15 @@ impl Links {
             let gateway = subnet.gateway();
             requests.push(new_route(index, Some(IpNet::from(gateway)), None));
             requests.push(new_route(index, None, Some(gateway)));
+            requests.push(new_neighbour(index, gateway, gateway_mac));
         }
         self.socket.execute(&requests)
     }
 }
 
-fn tolerate(result: Result<(), NetlinkError>, errno: Errno) -> Result<(), NetlinkError> {
+fn tolerate(result: Result<(), NetlinkError>, expected: &[Errno]) -> Result<(), NetlinkError> {
     match result {
-        Err(error) if error.errno() == Some(errno) => Ok(()),
+        Err(error) if error.errno().is_some_and(|errno| expected.contains(&errno)) => Ok(()),
         other => other,
     }
 }
@@ -219,28 +243,63 @@ pub(super) fn raise(name: &str) -> Request {
     Request::route(&RouteNetlinkMessage::SetLink(message), 0)
 }
 
-/// Pods on isolated ports reach the gateway only, so none can pose as another by ARP or neighbour discovery.
-fn isolate_and_raise(name: &str) -> Request {
+/// Opens a port that learns nothing from the frames it receives and gets none that are not for its Pod, but
+/// broadcasts and multicasts.
+///
+/// Where `br_netfilter` is active, it sends a packet whose destination it has translated straight to the other port
+/// instead of through the node. Back to the Pod that it came from (a Pod that uses its own Service or host port) it
+/// gets in hairpin mode only.
+fn open_port(name: &str) -> Request {
     let mut message = LinkMessage::default();
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
-    let port = InfoPortData::BridgePort(vec![InfoBridgePort::Isolated(true)]);
+    let options =
+        vec![InfoBridgePort::HairpinMode(true), InfoBridgePort::Learning(false), InfoBridgePort::UnicastFlood(false)];
+    let port = LinkInfo::PortData(InfoPortData::BridgePort(options));
     message.attributes = vec![
         LinkAttribute::IfName(name.into()),
-        LinkAttribute::LinkInfo(vec![LinkInfo::PortKind(InfoPortKind::Bridge), LinkInfo::PortData(port)]),
+        LinkAttribute::LinkInfo(vec![LinkInfo::PortKind(InfoPortKind::Bridge), port]),
     ];
     // The kernel changes the options of a port only in RTM_NEWLINK on an existing interface.
     Request::route(&RouteNetlinkMessage::NewLink(message), 0)
+}
+
+/// A fixed entry of the bridge's forwarding table: frames to the hardware address leave through this port.
+fn forwarding_entry(port: u32, mac: [u8; 6]) -> Request {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = port;
+    message.header.state = NeighbourState::Noarp;
+    message.header.flags = NeighbourFlags::Controller;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.into()));
+    Request::route(&RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+fn neighbour(interface: u32, address: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(address);
+    message.header.ifindex = interface;
+    message.attributes.push(NeighbourAttribute::Destination(match address {
+        IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
+        IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
+    }));
+    message
+}
+
+/// A neighbour that is never asked for and that no ARP or neighbour discovery message can move.
+fn new_neighbour(interface: u32, address: IpAddr, mac: [u8; 6]) -> Request {
+    let mut message = neighbour(interface, address);
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.into()));
+    Request::route(&RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
 /// The node's end is a bridge port: an IPv6 link-local address on it would only cost messages.
 fn no_ipv6_addresses(name: &str) -> Request {
     let mut message = LinkMessage::default();
     let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
-    message.attributes = vec![
-        LinkAttribute::IfName(name.into()),
-        LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])]),
-    ];
+    message.attributes =
+        vec![LinkAttribute::IfName(name.into()), LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])])];
     Request::route(&RouteNetlinkMessage::SetLink(message), 0)
 }
 
@@ -256,7 +315,7 @@ fn family(address: IpAddr) -> AddressFamily {
     }
 }
 
-fn address(index: u32, net: IpNet) -> AddressMessage {
+pub(super) fn address(index: u32, net: IpNet) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(net.addr());
     message.header.prefix_len = net.prefix_len();
@@ -312,8 +371,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 
 fn parse_link(reply: &[u8]) -> Option<Link> {
     const HEADER: usize = 16;
-    let mut link =
-        Link { index: word(reply, 4)?, name: String::new(), kind: None, master: None, mtu: 0 };
+    let mut link = Link { index: word(reply, 4)?, name: String::new(), kind: None, master: None, mtu: 0 };
     for (kind, value) in attributes(reply.get(HEADER..)?) {
         match kind {
             IFLA_IFNAME => link.name = text(value),
@@ -330,7 +388,9 @@ fn parse_address(reply: &[u8]) -> Option<(u32, IpNet)> {
     const HEADER: usize = 8;
     let prefix = *reply.get(1)?;
     let index = word(reply, 4)?;
-    let (_, value) = attributes(reply.get(HEADER..)?).find(|(kind, _)| *kind == IFA_ADDRESS)?;
+    let find = |wanted| attributes(reply.get(HEADER..)?).find(|(kind, _)| *kind == wanted);
+    // On point-to-point links IFA_ADDRESS is the other end's.
+    let (_, value) = find(IFA_LOCAL).or_else(|| find(IFA_ADDRESS))?;
     let address = match value.len() {
         4 => IpAddr::from(*value.first_chunk::<4>()?),
         16 => IpAddr::from(*value.first_chunk::<16>()?),

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
-use super::host::{CreateVethError, Host};
+use super::host::{CreateVethError, Host, gateway_mac};
 use super::ipam::{Pool, Subnet};
 use super::link::Links;
 use super::namespace::{self, Kind, Pins};
@@ -53,7 +53,7 @@ struct Shared {
     host: Mutex<Host>,
     state: Mutex<State>,
     /// One lock for each Pod with an operation under way.
-    locks: Mutex<HashMap<String, Arc<Mutex<()>>>>,
+    locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     threads: Arc<Semaphore>,
 }
 
@@ -119,7 +119,7 @@ impl Network {
     /// Does nothing when they have not changed. After a change, existing Pods keep their addresses and their gateway.
     pub async fn set_pod_cidrs(&self, cidrs: &[IpNet]) -> Result<(), NetworkError> {
         let subnets = Subnet::of_node(cidrs)?;
-        self.run("setting the podCIDRs", move |shared| shared.set_subnets(subnets)).await
+        self.run("setting the podCIDRs", None, move |shared| shared.set_subnets(subnets)).await
     }
 
     /// Whether Pods can get a network; the error is the text that kubelet has in the node's Ready condition.
@@ -140,27 +140,29 @@ impl Network {
         check_uid(&request.uid)?;
         sysctl::check(&request.sysctls, request.host_network, request.host_ipc)?;
         let request = request.clone();
-        self.run("setting up a Pod's network", move |shared| {
-            let pod = shared.pod_lock(&request.uid);
-            let _guard = lock(&pod);
-            shared.set_up(&request)
-        })
-        .await
+        let uid = request.uid.clone();
+        self.run("setting up a Pod's network", Some(&uid), move |shared| shared.set_up(&request)).await
     }
 
     /// Removes a Pod's network; it may be incomplete or gone. Afterwards its addresses are free.
     pub async fn tear_down(&self, uid: &str) -> Result<(), NetworkError> {
         check_uid(uid)?;
-        let uid = uid.to_owned();
-        self.run("tearing down a Pod's network", move |shared| shared.tear_down(&uid)).await
+        let gone = uid.to_owned();
+        self.run("tearing down a Pod's network", Some(uid), move |shared| shared.tear_down(&gone)).await
     }
 
     /// Removes what belongs to no Pod of `live` (uids) and restores what live Pods miss in interfaces and rules.
     ///
     /// To be called at start, before the first [`Self::set_up`].
     pub async fn reconcile(&self, live: &HashSet<String>) -> Result<(), NetworkError> {
-        let live = live.clone();
-        self.run("reconciling the network", move |shared| shared.reconcile(&live)).await
+        let known: Vec<String> = lock(&self.shared.state).pods.keys().cloned().collect();
+        let gone = known.iter().filter(|uid| !live.contains(*uid));
+        futures::future::try_join_all(gone.map(|uid| {
+            debug!(uid, "removing the network of a Pod that is gone");
+            self.tear_down(uid)
+        }))
+        .await?;
+        self.run("reconciling the network", None, Shared::reconcile).await
     }
 
     /// A Pod's network if it is complete.
@@ -170,19 +172,25 @@ impl Network {
         (!state.leaving.contains(uid)).then(|| self.shared.answer(record))
     }
 
-    /// Runs `work` in the agent's network namespace, on a thread that it may take into others.
+    /// Runs `work` in the agent's network namespace, on a thread that it may take into others; for a Pod, after all
+    /// operations on it that were called before, even if nobody waits for them any more.
     async fn run<T: Send + 'static>(
         &self,
         what: &'static str,
+        uid: Option<&str>,
         work: impl FnOnce(&Shared) -> Result<T, NetworkError> + Send + 'static,
     ) -> Result<T, NetworkError> {
         let shared = self.shared.clone();
         let operation = async {
+            let pod = match uid {
+                Some(uid) => Some(shared.pod_lock(uid).lock_owned().await),
+                None => None,
+            };
             let threads = shared.threads.clone();
             let permit = threads.acquire_owned().await.map_err(std::io::Error::other).context(|| what.into())?;
             let body = move || {
                 // Released when the thread ends, not when the caller stops waiting.
-                let _permit = permit;
+                let _held = (pod, permit);
                 namespace::enter(&shared.namespace).context(|| "enter the agent's network namespace".into())?;
                 work(&shared)
             };
@@ -220,7 +228,7 @@ impl Shared {
     }
 
     /// The lock of one Pod; locks that nobody holds are forgotten on the way.
-    fn pod_lock(&self, uid: &str) -> Arc<Mutex<()>> {
+    fn pod_lock(&self, uid: &str) -> Arc<tokio::sync::Mutex<()>> {
         let mut locks = lock(&self.locks);
         locks.retain(|_, lock| Arc::strong_count(lock) > 1);
         locks.entry(uid.to_owned()).or_default().clone()
@@ -358,10 +366,11 @@ impl Shared {
             return Ok(());
         }
         let mut host = lock(&self.host);
-        match host.open_host_ports(record)? {
-            true => Ok(()),
-            false => self.replace_rules(&mut host),
+        if !host.open_host_ports(record)? {
+            self.replace_rules(&mut host)?;
         }
+        namespace::enter(&self.namespace).context(|| "return to the agent's network namespace".into())?;
+        host.forget_udp_flows(record)
     }
 
     /// From inside a new network namespace: interfaces, addresses, routes.
@@ -375,16 +384,16 @@ impl Shared {
         }
         let addresses = record.addresses.iter().map(|entry| Ok((entry.address, Subnet::new(entry.cidr)?)));
         let addresses: Vec<(IpAddr, Subnet)> = addresses.collect::<Result<_, NetworkError>>()?;
-        if let Some((address, _)) = addresses.first() {
+        if !addresses.is_empty() {
             let own = File::open("/proc/thread-self/ns/net").context(pod)?;
             let mut host = lock(&self.host);
-            let mut created = host.create_veth(&record.uid, *address, own.as_fd());
+            let mut created = host.create_veth(record, own.as_fd());
             if matches!(created, Err(CreateVethError::BridgeMissing)) {
                 namespace::enter(&self.namespace).context(pod)?;
                 let restored = self.synchronize(&mut host);
                 namespace::enter(&own).context(pod)?;
                 restored?;
-                created = host.create_veth(&record.uid, *address, own.as_fd());
+                created = host.create_veth(record, own.as_fd());
             }
             created.map_err(|error| match error {
                 CreateVethError::Other(error) => error,
@@ -393,12 +402,11 @@ impl Shared {
                 }
             })?;
         }
-        Links::open().and_then(|mut links| links.configure_pod(&addresses)).context(pod)
+        let gateway_mac = gateway_mac(&self.config.bridge);
+        Links::open().and_then(|mut links| links.configure_pod(&addresses, gateway_mac)).context(pod)
     }
 
     fn tear_down(&self, uid: &str) -> Result<(), NetworkError> {
-        let pod = self.pod_lock(uid);
-        let _guard = lock(&pod);
         let pod_dir = self.pod_dir(uid);
         let Some(record) = lock(&self.state).pods.get(uid).cloned() else {
             // Never set up, or torn down before. Pins without a record are possible only if someone removed it.
@@ -426,25 +434,26 @@ impl Shared {
     fn dismantle(&self, record: &Record) -> Result<(), NetworkError> {
         {
             let mut host = lock(&self.host);
-            if !record.host_ports.is_empty() && !host.close_host_ports(record)? {
-                self.replace_rules(&mut host)?;
+            if !record.host_ports.is_empty() {
+                if !host.close_host_ports(record)? {
+                    self.replace_rules(&mut host)?;
+                }
+                host.forget_udp_flows(record)?;
             }
             if !record.addresses.is_empty() {
-                host.delete_veth(&record.uid)?;
+                host.delete_veth(record)?;
             }
         }
         let pins = Pins::of_pod(&self.pod_dir(&record.uid));
         pins.unpin().context(|| format!("release the namespaces of Pod {}/{}", record.namespace, record.name))
     }
 
-    fn reconcile(&self, live: &HashSet<String>) -> Result<(), NetworkError> {
-        let known = lock(&self.state).pods.clone();
-        for uid in known.keys().filter(|uid| !live.contains(*uid)) {
-            debug!(uid, "removing the network of a Pod that is gone");
-            self.tear_down(uid)?;
-        }
+    fn reconcile(&self) -> Result<(), NetworkError> {
         let pods_dir = self.pods_dir();
-        let orphans = record::unrecorded_pins(&pods_dir, &known).context(|| format!("list {}", pods_dir.display()))?;
+        let pinned = record::directories_with_pins(&pods_dir).context(|| format!("list {}", pods_dir.display()))?;
+        // Looked up after listing: a Pod has its record before it has pins.
+        let known = lock(&self.state).pods.clone();
+        let orphans = pinned.into_iter().filter(|(uid, _)| !known.contains_key(uid));
         for (uid, directory) in orphans {
             Pins::of_pod(&directory).unpin().context(|| format!("release the namespaces of Pod {uid}"))?;
         }

@@ -4,11 +4,14 @@
 //! # The built-in network
 //!
 //! Every Pod has a pair of virtual interfaces: `eth0` in its own namespace and a port of the node's bridge. The bridge
-//! holds the first address of each podCIDR, the gateway. Unlike with the CNI bridge plugin the Pods do not share a
-//! segment: ports are isolated, Pods have full-length prefixes (`/32`, `/128`) and the gateway routes all their
-//! traffic, also between two Pods of the node. So connection tracking sees both directions of every connection, and
-//! host ports and Service addresses work without the `br_netfilter` module; and no Pod can impersonate another by ARP,
-//! which a shared segment allows to every container with the default capability `CAP_NET_RAW`.
+//! holds the first address of each podCIDR, the gateway. Two things differ from the CNI bridge plugin:
+//!
+//! - Pods have full-length prefixes (`/32`, `/128`) and send everything to the gateway, also what is for another Pod of
+//!   the node. So connection tracking sees both directions of every connection, and host ports and Service addresses
+//!   work whether the `br_netfilter` module is loaded or not.
+//! - Nobody learns: the bridge's forwarding table, the node's neighbours and the Pod's gateway are fixed entries. The
+//!   first packet needs no ARP, and no Pod can take another's or the gateway's traffic with forged ARP, neighbour
+//!   discovery or Ethernet source addresses, which the default capability `CAP_NET_RAW` lets it send.
 //!
 //! Everything happens in the network namespace in which [`Network::open`] was called. All names (bridge, nftables
 //! table, interfaces) derive from the name of the bridge, so that several agents can share a namespace.
@@ -19,6 +22,7 @@
 //! Operations on one Pod exclude each other, run to their end on a thread of their own even when their future is
 //! dropped, and may be repeated at any time, also after the agent was killed in the middle of one.
 
+mod conntrack;
 pub mod dns;
 mod host;
 pub mod hostname;

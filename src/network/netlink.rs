@@ -182,22 +182,25 @@ impl NetlinkSocket {
 
     /// Asks for one object; the answer is one message or the kernel's refusal.
     pub fn get(&mut self, message: &RouteNetlinkMessage) -> Result<Reply, NetlinkError> {
-        let mut request = Request::route(message, 0);
-        request.flags &= !NLM_F_ACK;
-        let mut replies = self.query(request, false)?;
-        replies.pop().ok_or(NetlinkError::Malformed("no reply"))
+        let mut reply = None;
+        self.query(&unacknowledged(message, 0), false, |body| reply = Some(body.to_vec()))?;
+        reply.ok_or(NetlinkError::Malformed("no reply"))
     }
 
     /// Asks for all objects of a kind.
     pub fn dump(&mut self, message: &RouteNetlinkMessage) -> Result<Vec<Reply>, NetlinkError> {
-        let mut request = Request::route(message, NLM_F_DUMP);
-        request.flags &= !NLM_F_ACK;
-        self.query(request, true)
+        let mut replies = Vec::new();
+        self.query(&unacknowledged(message, NLM_F_DUMP), true, |body| replies.push(body.to_vec()))?;
+        Ok(replies)
     }
 
-    fn query(&mut self, request: Request, multipart: bool) -> Result<Vec<Reply>, NetlinkError> {
-        let Some(sequence) = self.send(std::slice::from_ref(&request))? else { return Ok(Vec::new()) };
-        let mut replies = Vec::new();
+    /// Passes the body of every message of a dump to `each`.
+    pub fn visit(&mut self, request: Request, each: impl FnMut(&[u8])) -> Result<(), NetlinkError> {
+        self.query(&request, true, each)
+    }
+
+    fn query(&mut self, request: &Request, dump: bool, mut each: impl FnMut(&[u8])) -> Result<(), NetlinkError> {
+        let Some(sequence) = self.send(std::slice::from_ref(request))? else { return Ok(()) };
         loop {
             let datagram = self.receive()?;
             for message in messages(&datagram) {
@@ -206,15 +209,15 @@ impl NetlinkSocket {
                     continue;
                 }
                 match message.kind {
-                    NLMSG_DONE => return Ok(replies),
+                    NLMSG_DONE => return Ok(()),
                     NLMSG_ERROR => {
                         let errno = Errno::from_raw(message.error_code()?);
                         return Err(NetlinkError::Refused { index: 0, errno, detail: message.error_detail() });
                     }
-                    _ => replies.push(message.body.to_vec()),
+                    _ => each(message.body),
                 }
-                if !multipart {
-                    return Ok(replies);
+                if !dump {
+                    return Ok(());
                 }
             }
         }
@@ -249,6 +252,12 @@ impl NetlinkSocket {
             }
         }
     }
+}
+
+fn unacknowledged(message: &RouteNetlinkMessage, flags: u16) -> Request {
+    let mut request = Request::route(message, flags);
+    request.flags &= !NLM_F_ACK;
+    request
 }
 
 struct Message<'a> {
@@ -354,10 +363,8 @@ mod tests {
     proptest! {
         #[test]
         fn hostile_datagrams_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            for message in messages(&bytes) {
-                if let Ok(message) = message {
-                    let _ = (message.error_code(), message.error_detail());
-                }
+            for message in messages(&bytes).flatten() {
+                let _ = (message.error_code(), message.error_detail());
             }
         }
     }

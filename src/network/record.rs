@@ -5,7 +5,6 @@
 //! what may have to be cleaned up. It is renamed into place, not fsynced: the namespaces it describes do not survive a
 //! power cut either, and a killed agent loses nothing that the page cache holds.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -119,11 +118,11 @@ pub fn read_all(pods: &Path) -> io::Result<Vec<Record>> {
     Ok(found.into_iter().map(|(_, record)| record).collect())
 }
 
-/// Directories with pinned namespaces but without a record in `known`: the uid and the Pod's directory.
-pub fn unrecorded_pins(pods: &Path, known: &HashMap<String, Record>) -> io::Result<Vec<(String, PathBuf)>> {
+/// Pods' directories with pinned namespaces: the uid and the path.
+pub fn directories_with_pins(pods: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let uid = |directory: PathBuf| Some((directory.file_name()?.to_str()?.to_owned(), directory));
-    let orphan = |(uid, directory): &(String, PathBuf)| !known.contains_key(uid) && directory.join("ns").exists();
-    Ok(subdirectories(pods)?.into_iter().filter_map(uid).filter(orphan).collect())
+    let pinned = |(_, directory): &(String, PathBuf)| directory.join("ns").exists();
+    Ok(subdirectories(pods)?.into_iter().filter_map(uid).filter(pinned).collect())
 }
 
 fn subdirectories(path: &Path) -> io::Result<Vec<PathBuf>> {
@@ -162,10 +161,7 @@ mod tests {
             hostname: "web".into(),
             host_network: false,
             host_ipc: false,
-            addresses: vec![PodAddress {
-                address: "10.0.0.7".parse().unwrap(),
-                cidr: "10.0.0.0/24".parse().unwrap(),
-            }],
+            addresses: vec![PodAddress { address: "10.0.0.7".parse().unwrap(), cidr: "10.0.0.0/24".parse().unwrap() }],
             host_ports: Vec::new(),
         }
     }

@@ -14,7 +14,9 @@ pub enum SysctlError {
     #[error("sysctl name {0:?} is malformed: write it with dots, such as net.ipv4.tcp_syncookies")]
     Malformed(String),
     /// Not in a namespace of its own.
-    #[error("sysctl {0:?} is not namespaced: it would change the node; only net.*, kernel.shm*, kernel.msg*, kernel.sem and fs.mqueue.* are possible in a Pod")]
+    #[error(
+        "sysctl {0:?} is not namespaced: it would change the node; only net.*, kernel.shm*, kernel.msg*, kernel.sem and fs.mqueue.* are possible in a Pod"
+    )]
     NotNamespaced(String),
     /// The Pod shares the namespace with the node.
     #[error("sysctl {name:?} is not allowed with {field}: it would change the node")]
@@ -127,7 +129,9 @@ mod tests {
     #[test]
     fn only_the_pods_own_namespaces_are_written() {
         let one = |name: &str| vec![(name.to_owned(), "1".to_owned())];
-        for name in ["net.core.somaxconn", "net/core/somaxconn", "kernel.shm_rmid_forced", "kernel.sem", "fs.mqueue.msg_max"] {
+        for name in
+            ["net.core.somaxconn", "net/core/somaxconn", "kernel.shm_rmid_forced", "kernel.sem", "fs.mqueue.msg_max"]
+        {
             check(&one(name), false, false).unwrap();
         }
         for name in ["kernel.core_pattern", "vm.swappiness", "fs.file-max", "kernel.semaphore"] {

@@ -31,10 +31,11 @@ const SHORT: Duration = Duration::from_millis(300);
 fn on_a_node<F: Future<Output = ()>>(test: impl FnOnce(Node) -> F + Send + 'static) {
     let body = move || {
         nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("these tests need root");
-        nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+            .unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let directory = tempfile::tempdir().unwrap();
-        Links::open().unwrap().configure_pod(&[]).unwrap();
+        Links::open().unwrap().configure_pod(&[], [0; 6]).unwrap();
         runtime.block_on(test(Node { state_dir: directory.path().to_owned() }));
     };
     std::thread::spawn(body).join().unwrap();
@@ -62,7 +63,7 @@ impl Node {
         let node = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
         let work = move || {
             pins.create(&[Kind::Net], "outside").unwrap();
-            Links::open().unwrap().configure_pod(&[]).unwrap();
+            Links::open().unwrap().configure_pod(&[], [0; 6]).unwrap();
             let mut peer = LinkMessage::default();
             peer.attributes = vec![LinkAttribute::IfName("uplink".into()), LinkAttribute::NetNsFd(node.as_raw_fd())];
             let mut pair = LinkMessage::default();
@@ -191,7 +192,24 @@ fn the_clusters_own_networks_see_pod_addresses() {
 
 #[test]
 fn host_ports_lead_to_the_pod_from_everywhere() {
-    on_a_node(|node| async move {
+    check_host_ports(|| {});
+}
+
+/// `br_netfilter` lets packets between Pods bypass the node's routing; it is on by default where it is loaded.
+#[test]
+fn host_ports_do_not_need_br_netfilter() {
+    check_host_ports(|| {
+        for name in ["net.bridge.bridge-nf-call-iptables", "net.bridge.bridge-nf-call-ip6tables"] {
+            if sysctl::read(name).is_ok() {
+                sysctl::write(name, "0").unwrap();
+            }
+        }
+    });
+}
+
+fn check_host_ports(prepare: fn()) {
+    on_a_node(move |node| async move {
+        prepare();
         let outside = node.outside().await;
         let network = node.network(&["10.77.0.0/24", "fd77::/64"]).await;
         let ports = vec![
@@ -217,6 +235,7 @@ fn host_ports_lead_to_the_pod_from_everywhere() {
         assert_eq!(connect(None, loopback, 8080, &server).await.unwrap(), v4("10.77.0.1"));
         // A Pod to itself: it must not see its own address as the source.
         assert_eq!(connect(a_ns, uplink, 8080, &server).await.unwrap(), v4("10.77.0.1"));
+        assert_eq!(connect(a_ns, uplink6, 8080, &server).await.unwrap(), ip("fd77::1"));
         // Only where it was asked for.
         connect(Some(&outside), uplink, 8081, &server).await.unwrap();
         assert!(refused(None, loopback, 8081).await);
@@ -243,6 +262,30 @@ fn host_ports_lead_to_the_pod_from_everywhere() {
         let c = network.set_up(&PodNetworkRequest { host_ports: ports, ..request("c") }).await.unwrap();
         let server = listen(c.net_ns.as_deref(), "0.0.0.0:80").await;
         connect(Some(&outside), uplink, 8080, &server).await.unwrap();
+    });
+}
+
+#[test]
+fn udp_clients_follow_a_host_port_to_its_next_pod() {
+    on_a_node(|node| async move {
+        let outside = node.outside().await;
+        let network = node.network(&["10.77.0.0/24"]).await;
+        let client = inside(Some(&outside), || UdpSocket::bind("0.0.0.0:0")).await.unwrap();
+        // Before there is a Pod, and again from the same socket while Pods come and go.
+        client.send_to(b"early", "192.0.2.1:5300").unwrap();
+        for uid in ["a", "b", "c"] {
+            let ports = vec![host_port(Protocol::Udp, None, 5300, 53)];
+            let pod = network.set_up(&PodNetworkRequest { host_ports: ports, ..request(uid) }).await.unwrap();
+            let server = inside(pod.net_ns.as_deref(), || UdpSocket::bind("0.0.0.0:53")).await.unwrap();
+            server.set_read_timeout(Some(TIMEOUT)).unwrap();
+            // The first send reports the port that was unreachable before.
+            let _ = client.send_to(b"ask", "192.0.2.1:5300");
+            client.send_to(b"ask", "192.0.2.1:5300").unwrap();
+            let mut buffer = [0; 8];
+            let length = server.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], b"ask", "{uid}");
+            network.tear_down(uid).await.unwrap();
+        }
     });
 }
 
@@ -278,17 +321,48 @@ fn pods_cannot_reach_the_nodes_loopback() {
         // A container with CAP_NET_ADMIN can do this to its own namespace.
         let divert = || {
             sysctl::write("net.ipv4.conf.all.route_localnet", "1").unwrap();
-            let mut links = NetlinkSocket::open(0).unwrap();
-            let mut down = LinkMessage::default();
-            down.header.change_mask = rtnetlink::packet_route::link::LinkFlags::Up;
-            down.attributes.push(LinkAttribute::IfName("lo".into()));
-            links.execute(&[Request::route(&RouteNetlinkMessage::SetLink(down), 0)]).unwrap();
+            let message = link::address(1, "127.0.0.1/8".parse().unwrap());
+            let delete = Request::route(&RouteNetlinkMessage::DelAddress(message), 0);
+            NetlinkSocket::open(0).unwrap().execute(&[delete]).unwrap();
         };
         inside(pod.net_ns.as_deref(), divert).await;
         assert!(refused(pod.net_ns.as_deref(), ip("127.0.0.1"), 6000).await);
         // Without the rules it is possible: the guard is what prevents it.
         remove_rules();
         connect(pod.net_ns.as_deref(), ip("127.0.0.1"), 6000, &server).await.unwrap();
+    });
+}
+
+#[test]
+fn a_pod_cannot_take_anothers_traffic() {
+    on_a_node(|node| async move {
+        let network = node.network(&["10.77.0.0/24"]).await;
+        let victim = network.set_up(&request("victim")).await.unwrap();
+        let thief = network.set_up(&request("thief")).await.unwrap();
+        let other = network.set_up(&request("other")).await.unwrap();
+        let address = victim.ips[0];
+        let pretend = move || {
+            let mut links = Links::open().unwrap();
+            let index = links.find("eth0").unwrap().unwrap().index;
+            let mut message = LinkMessage::default();
+            let mac = vec![0x0a, 0x58, 10, 77, 0, 2];
+            message.attributes = vec![LinkAttribute::IfName("eth0".into()), LinkAttribute::Address(mac)];
+            let requests =
+                [Request::route(&RouteNetlinkMessage::SetLink(message), 0), new_address(index, IpNet::from(address))];
+            NetlinkSocket::open(0).unwrap().execute(&requests).unwrap();
+            // The kernel announces the new address by itself; these frames have the victim's addresses as source.
+            let socket = UdpSocket::bind((address, 0)).unwrap();
+            for _ in 0..20 {
+                socket.send_to(b"I am the victim", "10.77.0.1:9").unwrap();
+            }
+        };
+        inside(thief.net_ns.as_deref(), pretend).await;
+        let _trap = listen(thief.net_ns.as_deref(), "0.0.0.0:80").await;
+        let server = listen(victim.net_ns.as_deref(), "0.0.0.0:80").await;
+        server.set_nonblocking(true).unwrap();
+        for from in [None, other.net_ns.as_deref()] {
+            connect(from, address, 80, &server).await.unwrap();
+        }
     });
 }
 
@@ -415,7 +489,7 @@ fn interrupted_set_ups_are_repeated_or_removed() {
         let pod_dir = node.state_dir.join("pods/a");
         let damages: [fn(&Path); 5] = [
             |_| {},
-            |pod_dir| drop(nix::mount::umount(&pod_dir.join("ns/uts"))),
+            |pod_dir| nix::mount::umount(&pod_dir.join("ns/uts")).unwrap(),
             |pod_dir| Pins::of_pod(pod_dir).unpin().unwrap(),
             |_| pod_interfaces().iter().for_each(|name| Links::open().unwrap().delete(name).unwrap()),
             |_| remove_rules(),
@@ -511,8 +585,13 @@ fn two_agents_share_a_namespace() {
 fn namespaces_have_hostname_sysctls_and_ipc_of_their_own() {
     on_a_node(|node| async move {
         let network = node.network(&["10.77.0.0/24"]).await;
-        let sysctls = [("net.core.somaxconn", "77"), ("kernel.shm_rmid_forced", "1"), ("fs.mqueue.msg_max", "33"),
-            ("net.ipv4.conf.eth0.rp_filter", "2"), ("net.ipv4.ip_unprivileged_port_start", "80")];
+        let sysctls = [
+            ("net.core.somaxconn", "77"),
+            ("kernel.shm_rmid_forced", "1"),
+            ("fs.mqueue.msg_max", "33"),
+            ("net.ipv4.conf.eth0.rp_filter", "2"),
+            ("net.ipv4.ip_unprivileged_port_start", "80"),
+        ];
         let sysctls = sysctls.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
         let on_node = |name: &str| sysctl::read(name).unwrap();
         let before = (on_node("net.core.somaxconn"), on_node("kernel.shm_rmid_forced"), on_node("fs.mqueue.msg_max"));
@@ -521,8 +600,14 @@ fn namespaces_have_hostname_sysctls_and_ipc_of_their_own() {
         let look = move || {
             nix::sched::setns(std::fs::File::open(ipc).unwrap(), CloneFlags::CLONE_NEWIPC).unwrap();
             nix::sched::setns(std::fs::File::open(uts).unwrap(), CloneFlags::CLONE_NEWUTS).unwrap();
-            let names = ["net.core.somaxconn", "kernel.shm_rmid_forced", "fs.mqueue.msg_max",
-                "net.ipv4.conf.eth0.rp_filter", "net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range"];
+            let names = [
+                "net.core.somaxconn",
+                "kernel.shm_rmid_forced",
+                "fs.mqueue.msg_max",
+                "net.ipv4.conf.eth0.rp_filter",
+                "net.ipv4.ip_unprivileged_port_start",
+                "net.ipv4.ping_group_range",
+            ];
             let values = names.map(|name| sysctl::read(name).unwrap());
             (values, nix::unistd::gethostname().unwrap().into_string().unwrap())
         };

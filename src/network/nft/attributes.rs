@@ -69,8 +69,17 @@ mod tests {
         });
         let half = u16::to_ne_bytes;
         let expected: Vec<u8> = [
-            &half(9)[..], &half(1), b"abcd\0\0\0\0",
-            &half(20), &half(2 | NESTED), &half(8), &half(3), &[1, 2, 3, 4], &half(5), &half(4), &[9, 0, 0, 0],
+            &half(9)[..],
+            &half(1),
+            b"abcd\0\0\0\0",
+            &half(20),
+            &half(2 | NESTED),
+            &half(8),
+            &half(3),
+            &[1, 2, 3, 4],
+            &half(5),
+            &half(4),
+            &[9, 0, 0, 0],
         ]
         .concat();
         assert_eq!(list.as_bytes(), expected);
