@@ -38,11 +38,12 @@ pub(super) enum Phase {
     Exited,
 }
 
-/// An unanswered `start`.
+/// An unanswered `start`: done when libcontainer has written its state and the executor's report has ended.
 #[derive(Debug)]
 pub(super) struct Starting {
     pub(super) reply: ReplyTo,
     pub(super) until: Instant,
+    pub(super) released: bool,
 }
 
 /// A container's stdout or stderr.

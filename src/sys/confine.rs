@@ -109,17 +109,28 @@ pub fn load_seccomp(program: &[u8], flags: u64) -> io::Result<()> {
 
 /// Puts every signal back to its default disposition and unblocks all: `execve` keeps ignored and blocked ones.
 pub fn reset_signals() {
-    // SAFETY: an all-zero sigaction is SIG_DFL with an empty mask and no flags. SIGKILL, SIGSTOP and the two
-    // that glibc keeps for itself refuse, which is what we want. A zeroed sigset_t is filled by sigemptyset.
-    unsafe {
-        let action: libc::sigaction = mem::zeroed();
-        for signal in 1..=64 {
-            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
-        }
-        let mut none: libc::sigset_t = mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    /// The kernel's `struct sigaction`, at least as long as on any machine; all zero is SIG_DFL without flags.
+    const DEFAULT: [u64; 8] = [0; 8];
+    /// Bytes of the kernel's signal set.
+    const SET_SIZE: usize = 8;
+    for signal in 1..=64 {
+        // SAFETY: the kernel reads one sigaction from `DEFAULT` and writes nothing (no old action is asked for).
+        // Not through the C library, which refuses the two signals that it uses itself; SIGKILL and SIGSTOP refuse.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, DEFAULT.as_ptr(), std::ptr::null_mut::<u64>(), SET_SIZE)
+        };
     }
+    let none = 0u64;
+    // SAFETY: the kernel reads a set of eight bytes.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none,
+            std::ptr::null_mut::<u64>(),
+            SET_SIZE,
+        )
+    };
 }
 
 /// Ignores `signal`, so that a stray one does not end a shim.

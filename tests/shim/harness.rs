@@ -138,7 +138,13 @@ impl Pod {
 
     /// Runs a script in a container; its output and exit code.
     pub async fn exec(&self, draft: &Draft, exec_id: &str, script: &str) -> (String, i32) {
-        let mut request = self.exec_request(draft, exec_id, script);
+        self.exec_args(draft, exec_id, &["/bin/sh", "-c", script]).await
+    }
+
+    /// Runs a program in a container; its output and exit code.
+    pub async fn exec_args(&self, draft: &Draft, exec_id: &str, args: &[&str]) -> (String, i32) {
+        let mut request = self.exec_request(draft, exec_id, "");
+        request.process.set_args(Some(args.iter().map(|arg| (*arg).to_owned()).collect()));
         request.timeout_ms = Some(10_000);
         let (mut reader, writer) = std::io::pipe().expect("pipe");
         let stdio = ExecStdio { stdin: None, stdout: Some(writer.try_clone().expect("dup").into()), stderr: Some(writer.into()) };
@@ -163,10 +169,6 @@ impl Pod {
         }
     }
 
-    pub fn shim_pid(&self) -> i32 {
-        let socket = fs::read_to_string(self.dir.path().join("pid")).ok();
-        socket.and_then(|text| text.parse().ok()).expect("pid of the shim")
-    }
 
     /// Every directory of this Pod's cgroups.
     pub fn cgroup_dirs(&self) -> Vec<PathBuf> {

@@ -218,11 +218,15 @@ impl Server {
         let pid = outcome.pid;
         match job.kind {
             JobKind::Create(id) => self.created(job.reply, &id, outcome, console),
-            JobKind::Start(id) => {
-                if let Some(error) = outcome.error {
-                    self.start_failed(&id, ErrorKind::Io, &error);
+            JobKind::Start(id) => match outcome.error {
+                Some(error) => self.start_failed(&id, ErrorKind::Io, &error),
+                None => {
+                    if let Some(starting) = self.containers.get_mut(&id).and_then(|c| c.starting.as_mut()) {
+                        starting.released = true;
+                    }
+                    self.answer_start(&id);
                 }
-            }
+            },
             JobKind::Exec(exec) => self.exec_made(job.reply, *exec, outcome, console),
         }
         self.claim_early_exit(pid);
@@ -328,7 +332,7 @@ impl Server {
         container.record.write().map_err(io_error("record"))?;
         container.phase = Phase::Running;
         let until = Instant::now() + START_DEADLINE;
-        container.starting = Some(Starting { reply, until });
+        container.starting = Some(Starting { reply, until, released: false });
         let request = container.record.request.clone();
         let id: Rc<str> = Rc::from(request.container_id.as_str());
         let spawned = outcome_socket().and_then(|(result, writer)| {
@@ -357,15 +361,21 @@ impl Server {
         if !read_available(&report.fd, &mut container.report_text, REPORT_LIMIT) {
             return;
         }
-        let report = container.report.take();
-        // With text, the answer waits for the exit record of the process, which is about to end.
-        if container.report_text.is_empty()
-            && let (Some(starting), Some(started_at)) = (container.starting.take(), container.record.started_at)
+        if let Some(report) = container.report.take() {
+            self.close(report);
+        }
+        self.answer_start(id);
+    }
+
+    /// With a text in the report, the answer waits for the exit record of the process, which is about to end.
+    fn answer_start(&mut self, id: &Rc<str>) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let reported = container.report.is_none() && container.report_text.is_empty();
+        if reported
+            && let Some(starting) = container.starting.take_if(|starting| starting.released)
+            && let Some(started_at) = container.record.started_at
         {
             self.reply(starting.reply, Ok(Started { started_at }));
-        }
-        if let Some(report) = report {
-            self.close(report);
         }
     }
 
