@@ -30,6 +30,9 @@ pub(super) fn record_prefix(now: Timestamp, stream: Stream) -> Vec<u8> {
     format!("{now:.9} {stream} ").into_bytes()
 }
 
+/// Takes a record: `F` (full) or `P` (partial), and its text in two parts.
+pub(super) type Emit<'a> = dyn FnMut(u8, &[u8], &[u8]) + 'a;
+
 /// Cuts a byte stream into records, keeping what has no newline yet.
 #[derive(Debug, Default)]
 pub(super) struct Splitter {
@@ -37,8 +40,8 @@ pub(super) struct Splitter {
 }
 
 impl Splitter {
-    /// Feeds bytes; calls `emit` with (`F` or `P`, text in two parts) for every record that is complete.
-    pub(super) fn feed(&mut self, mut input: &[u8], emit: &mut dyn FnMut(u8, &[u8], &[u8])) {
+    /// Feeds bytes; calls `emit` for every record that is complete.
+    pub(super) fn feed(&mut self, mut input: &[u8], emit: &mut Emit<'_>) {
         while !input.is_empty() {
             let newline = find_byte(b'\n', input);
             let (mut text, rest) = match newline {
@@ -65,7 +68,7 @@ impl Splitter {
     }
 
     /// What is left when the stream ends is a record as well.
-    pub(super) fn finish(&mut self, emit: &mut dyn FnMut(u8, &[u8], &[u8])) {
+    pub(super) fn finish(&mut self, emit: &mut Emit<'_>) {
         if !self.pending.is_empty() {
             emit(b'F', &self.pending, &[]);
             self.pending = Vec::new();

@@ -42,6 +42,8 @@ const WRITE_BUFFER: usize = 192 << 10;
 const BUFFER_IDLE: Duration = Duration::from_secs(1);
 /// Exits of execs that are remembered for who asks late.
 const REMEMBERED_EXITS: usize = 128;
+/// Exits of unknown processes that are remembered while a creator is at work.
+const MAX_UNCLAIMED: usize = 1024;
 /// How long a forced shutdown waits for killed containers.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -415,6 +417,9 @@ impl Server {
             };
             let Some(pid) = status.pid().map(Pid::as_raw) else { continue };
             if !self.claim_exit(pid, status) && !self.jobs.is_empty() {
+                if self.unclaimed.len() == MAX_UNCLAIMED {
+                    self.unclaimed.remove(0);
+                }
                 self.unclaimed.push((pid, status));
             }
         }

@@ -16,7 +16,7 @@ use crate::shim::bundle::{Access, BindMount, Propagation};
 use crate::sys::mountattr::{MountAttributes, mount_setattr};
 
 /// `PROC_SUPER_MAGIC` of linux/magic.h.
-const PROC_MAGIC: i64 = 0x9fa0;
+const PROC_MAGIC: rustix::fs::FsWord = 0x9fa0;
 /// What may be mounted over in /proc: runc's list (lxcfs and friends).
 const PROC_FILES: [&str; 9] = [
     "/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime",
@@ -119,7 +119,7 @@ pub(super) fn attach_all(root: BorrowedFd<'_>, trees: Vec<Tree>) -> Result<(), S
 
 fn attach(root: BorrowedFd<'_>, tree: &Tree) -> io::Result<()> {
     let destination = ensure_in_root(root, &tree.destination, tree.kind)?;
-    if i64::from(fstatfs(&destination)?.f_type) == PROC_MAGIC {
+    if fstatfs(&destination)?.f_type == PROC_MAGIC {
         let path = tree.destination.to_string_lossy();
         if !PROC_FILES.contains(&path.as_ref()) {
             return Err(io::Error::new(

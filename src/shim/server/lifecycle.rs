@@ -118,6 +118,9 @@ impl Server {
         if !is_valid_path(&request.cgroup_path) {
             return invalid("cgroup_path", &request.cgroup_path, "must be absolute, without `..`, and not the root");
         }
+        if self.hierarchies.processes(&request.cgroup_path).contains(&Pid::this().as_raw()) {
+            return invalid("cgroup_path", &request.cgroup_path, "is the shim's own; a container needs another");
+        }
         let in_use = |c: &Container| {
             let other = &c.record.request;
             other.cgroup_path.starts_with(&request.cgroup_path) || request.cgroup_path.starts_with(&other.cgroup_path)
