@@ -1,2 +1,7 @@
 //! The only folder with `unsafe`: system calls that std, nix and rustix do not wrap.
 #![allow(unsafe_code, reason = "this folder wraps raw system calls; each block states its invariant")]
+
+pub mod confine;
+pub mod fork;
+pub mod mountattr;
+pub mod scratch;

@@ -1,0 +1,408 @@
+//! The creator: a child of the shim that lives for milliseconds and is the only caller of libcontainer.
+//!
+//! Whatever libcontainer leaks or changes in its caller (descriptors, working directory, dumpable flag,
+//! oom_score_adj) ends with this process. Containers are made as siblings, so their parent is the shim.
+
+mod executor;
+mod mounts;
+mod resolve;
+mod seccomp;
+mod spec;
+
+use std::fs::{self, File};
+use std::io::{self, IoSlice, Read, Seek};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use libcontainer::container::Container;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::sched::{CloneFlags, setns};
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
+    sendmsg,
+};
+use serde::{Deserialize, Serialize};
+
+use self::executor::{Identity, Plan, PodExecutor};
+use self::seccomp::Filter;
+use super::bundle::Setup;
+use super::protocol::{CreateRequest, ExecRequest};
+use super::record::process_stat;
+use crate::sys::confine::reset_signals;
+use crate::sys::fork::{Fork, close_other_fds, exit_now, fork};
+
+/// Where libcontainer keeps its own files, inside a container's directory.
+pub(super) const STATE_DIR: &str = "libcontainer";
+const BUNDLE_DIR: &str = "bundle";
+const FILTER_FILE: &str = "seccomp.bpf";
+
+/// What a creator tells the shim, in one message.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub(super) struct Outcome {
+    pub(super) pid: i32,
+    pub(super) start_time: u64,
+    pub(super) error: Option<String>,
+}
+
+/// The three streams of a process; unused with a terminal.
+#[derive(Debug)]
+pub(super) struct Stdio {
+    pub(super) stdin: OwnedFd,
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+}
+
+/// What a creator should do.
+#[derive(Debug)]
+pub(super) enum Task<'a> {
+    Create { request: &'a CreateRequest, stdio: Stdio, report: OwnedFd },
+    Start { request: &'a CreateRequest },
+    Exec { container: &'a CreateRequest, init: i32, request: &'a ExecRequest, stdio: Stdio, report: OwnedFd },
+}
+
+/// File that holds the pid of an exec as soon as there is one.
+pub(super) fn exec_pid_file(container_dir: &Path, exec_id: &str) -> PathBuf {
+    container_dir.join(STATE_DIR).join(format!("exec-{exec_id}.pid"))
+}
+
+fn exec_process_file(container_dir: &Path, exec_id: &str) -> PathBuf {
+    container_dir.join(STATE_DIR).join(format!("exec-{exec_id}.json"))
+}
+
+/// Forks a creator. Its [`Outcome`] (and a pty's master) arrives on the socket whose other end is `result`.
+pub(super) fn spawn(task: Task<'_>, result: OwnedFd) -> io::Result<nix::unistd::Pid> {
+    match fork()? {
+        Fork::Parent(pid) => Ok(pid),
+        Fork::Child => {
+            let ended = catch_unwind(AssertUnwindSafe(|| run(task, &result)));
+            exit_now(if ended.is_ok() { 0 } else { 101 })
+        }
+    }
+}
+
+fn run(task: Task<'_>, result: &OwnedFd) {
+    close_other_fds(&descriptors(&task, result));
+    reset_signals();
+    // A group of its own, so that a deadline ends this process and its intermediate one together.
+    let _own_already = nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(0));
+    let detail = Detail::install();
+    let done = match task {
+        Task::Create { request, stdio, report } => create(request, stdio, report),
+        Task::Start { request } => start(request),
+        Task::Exec { container, init, request, stdio, report } => exec(container, init, request, stdio, report),
+    };
+    let (outcome, console) = match done {
+        Ok((outcome, console)) => (outcome, console),
+        Err(error) => (Outcome { error: Some(detail.explain(error)), ..Outcome::default() }, None),
+    };
+    let _shim_gone = send_outcome(result, &outcome, console.as_ref());
+}
+
+fn descriptors(task: &Task<'_>, result: &OwnedFd) -> Vec<RawFd> {
+    let mut keep = vec![result.as_raw_fd()];
+    if let Task::Create { stdio, report, .. } | Task::Exec { stdio, report, .. } = task {
+        keep.extend([&stdio.stdin, &stdio.stdout, &stdio.stderr, report].map(AsRawFd::as_raw_fd));
+    }
+    keep
+}
+
+type Done = Result<(Outcome, Option<OwnedFd>), String>;
+
+fn state_root(container_dir: &Path) -> PathBuf {
+    container_dir.join(STATE_DIR)
+}
+
+fn builder(
+    container_dir: &Path,
+    id: &str,
+    stdio: Stdio,
+    console: Option<&Console>,
+    plan: Plan,
+) -> Result<ContainerBuilder, String> {
+    let builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(state_root(container_dir))
+        .map_err(chain)?
+        .with_executor(PodExecutor(Rc::new(plan)));
+    Ok(match console {
+        Some(console) => builder.with_console_socket(Some(&console.path)),
+        None => builder.with_stdin(stdio.stdin).with_stdout(stdio.stdout).with_stderr(stdio.stderr),
+    })
+}
+
+fn create(request: &CreateRequest, stdio: Stdio, report: OwnedFd) -> Done {
+    let dir = request.container_dir.as_path();
+    let setup = spec::read_setup(dir)?;
+    let masks = spec::capability_masks(&setup.capabilities)?;
+    let (spec, process) = spec::adapt(spec::read_spec(dir)?, request, &masks)?;
+    let filter = setup.seccomp.as_ref().map(seccomp::compile).transpose().map_err(|e| e.to_string())?;
+    let bundle = state_root(dir).join(BUNDLE_DIR);
+    fs::create_dir_all(&bundle).map_err(|e| format!("make {}: {e}", bundle.display()))?;
+    save_filter(dir, filter.as_ref())?;
+
+    let trees = mounts::clone_all(&setup.mounts)?;
+    let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    let config_mounts: Vec<PathBuf> = spec.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
+    mounts::make_mount_points(&rootfs, &trees, &config_mounts)?;
+    make_cwd_on_node(&rootfs, process.cwd(), &config_mounts, &setup)?;
+    spec.save(bundle.join("config.json")).map_err(|e| format!("save the bundle: {}", chain(e)))?;
+
+    let console = request.terminal.then(|| Console::listen(dir, "console.sock")).transpose()?;
+    let plan = Plan::new(&process, masks, setup.no_new_privs, filter, None, report)?;
+    let container = builder(dir, &request.container_id, stdio, console.as_ref(), plan)?
+        .as_init(&bundle)
+        .with_systemd(false)
+        .with_detach(true)
+        .as_sibling(true)
+        .build()
+        .map_err(chain)?;
+    let pid = container.pid().ok_or("libcontainer made a container without a pid")?.as_raw();
+    // Before the mount namespace changes, where /proc is the container's.
+    let start_time = process_stat(pid).map(|stat| stat.start_time).unwrap_or_default();
+    let console = console.map(Console::accept).transpose()?;
+    enter_and_attach(pid, trees, process.cwd())?;
+    Ok((Outcome { pid, start_time, error: None }, console))
+}
+
+/// libcontainer changes to a directory before our volumes are there, and fails if it is missing; runc makes it.
+/// In a read-only root only the node can.
+fn make_cwd_on_node(rootfs: &Path, cwd: &Path, config: &[PathBuf], setup: &Setup) -> Result<(), String> {
+    let volumes = setup.mounts.iter().map(|mount| &mount.destination);
+    if config.iter().chain(volumes).any(|mount| mount != Path::new("/") && cwd.starts_with(mount)) {
+        return Ok(());
+    }
+    let root = File::open(rootfs).map_err(|e| format!("open {}: {e}", rootfs.display()))?;
+    resolve::ensure_in_root(root.as_fd(), cwd, resolve::Kind::Directory)
+        .map(drop)
+        .map_err(|e| format!("mkdir {}: {e}", cwd.display()))
+}
+
+fn enter_and_attach(pid: i32, trees: Vec<mounts::Tree>, cwd: &Path) -> Result<(), String> {
+    let namespace = File::open(format!("/proc/{pid}/ns/mnt")).map_err(|e| format!("open the mount namespace: {e}"))?;
+    // This makes the container's root our root as well.
+    setns(&namespace, CloneFlags::CLONE_NEWNS).map_err(|e| format!("enter the mount namespace: {e}"))?;
+    let root = File::open("/").map_err(|e| format!("open the container's root: {e}"))?;
+    mounts::attach_all(root.as_fd(), trees)?;
+    if resolve::open_in_root(root.as_fd(), cwd).is_err() {
+        resolve::ensure_in_root(root.as_fd(), cwd, resolve::Kind::Directory)
+            .map_err(|e| format!("mkdir {}: {e}", cwd.display()))?;
+    }
+    Ok(())
+}
+
+fn start(request: &CreateRequest) -> Done {
+    let mut container = Container::load(state_root(&request.container_dir).join(&request.container_id)).map_err(chain)?;
+    container.start().map_err(chain)?;
+    Ok((Outcome::default(), None))
+}
+
+fn exec(container: &CreateRequest, init: i32, request: &ExecRequest, stdio: Stdio, report: OwnedFd) -> Done {
+    let dir = container.container_dir.as_path();
+    let setup = spec::read_setup(dir)?;
+    let masks = spec::capability_masks(&setup.capabilities)?;
+    let filter = load_filter(dir, &setup)?;
+    let mut process = request.process.clone();
+    spec::adapt_process(&mut process, &masks, dir)?;
+    let identity = identity(dir, init, &mut process)?;
+    let terminal = process.terminal().unwrap_or(false);
+    let plan = Plan::new(&request.process, masks, setup.no_new_privs, filter, identity, report)?;
+
+    let process_file = exec_process_file(dir, &request.exec_id);
+    let pid_file = exec_pid_file(dir, &request.exec_id);
+    let text = serde_json::to_vec(&process).map_err(|e| format!("process: {e}"))?;
+    fs::write(&process_file, text).map_err(|e| format!("write {}: {e}", process_file.display()))?;
+    let console = terminal.then(|| Console::listen(dir, &format!("exec-{}.sock", request.exec_id))).transpose()?;
+    let built = builder(dir, &container.container_id, stdio, console.as_ref(), plan)?
+        .with_pid_file(Some(&pid_file))
+        .map_err(chain)?
+        .as_tenant()
+        .with_process(Some(&process_file))
+        .with_detach(true)
+        .as_sibling(true)
+        .build();
+    let _already_gone = fs::remove_file(&process_file);
+    let pid = built.map_err(chain)?.as_raw();
+    let _already_gone = fs::remove_file(&pid_file);
+    let start_time = process_stat(pid).map(|stat| stat.start_time).unwrap_or_default();
+    let console = console.map(Console::accept).transpose()?;
+    Ok((Outcome { pid, start_time, error: None }, console))
+}
+
+/// For a container with a user namespace: libcontainer does not join it on exec, so the executor does. Until then
+/// the process is the node's root, which may do everything that joining needs.
+fn identity(dir: &Path, init: i32, process: &mut Process) -> Result<Option<Identity>, String> {
+    let namespaces = spec_namespaces(&spec::read_spec(dir)?);
+    if !namespaces.contains(&LinuxNamespaceType::User) {
+        return Ok(None);
+    }
+    let file = File::open(format!("/proc/{init}/ns/user")).map_err(|e| format!("open the user namespace: {e}"))?;
+    let user = process.user().clone();
+    let identity = Identity {
+        user_namespace: file.into(),
+        uid: user.uid(),
+        gid: user.gid(),
+        groups: user.additional_gids().clone().unwrap_or_default(),
+    };
+    let root = process.user_mut();
+    root.set_uid(0).set_gid(0).set_additional_gids(None);
+    Ok(Some(identity))
+}
+
+fn spec_namespaces(spec: &Spec) -> Vec<LinuxNamespaceType> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().map(|namespace| namespace.typ()).collect()
+}
+
+/// Every exec leaves its sockets behind (`docs/upstream.md`). Only while no exec of this container is being made.
+pub(super) fn sweep_exec_leftovers(request: &CreateRequest) {
+    let state = state_root(&request.container_dir);
+    for dir in [state.join(&request.container_id), state] {
+        let Ok(entries) = fs::read_dir(dir) else { continue };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with("tenant-") || name.starts_with("exec-") {
+                let _gone_already = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+/// The compiled filter, for execs to come. An empty file is "unconfined".
+fn save_filter(dir: &Path, filter: Option<&Filter>) -> Result<(), String> {
+    let mut bytes = Vec::new();
+    if let Some(filter) = filter {
+        bytes.extend(filter.flags.to_ne_bytes());
+        bytes.extend(&filter.program);
+    }
+    let path = state_root(dir).join(FILTER_FILE);
+    fs::write(&path, bytes).map_err(|e| format!("write {}: {e}", path.display()))
+}
+
+fn load_filter(dir: &Path, setup: &Setup) -> Result<Option<Filter>, String> {
+    let Some(profile) = &setup.seccomp else { return Ok(None) };
+    let bytes = fs::read(state_root(dir).join(FILTER_FILE)).unwrap_or_default();
+    match bytes.split_first_chunk::<8>() {
+        Some((flags, program)) if !program.is_empty() && program.len() % 8 == 0 => {
+            Ok(Some(Filter { program: program.to_vec(), flags: u64::from_ne_bytes(*flags) }))
+        }
+        _ => seccomp::compile(profile).map(Some).map_err(|e| e.to_string()),
+    }
+}
+
+/// Receives a pty's master from the container.
+struct Console {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Console {
+    fn listen(dir: &Path, name: &str) -> Result<Console, String> {
+        let bind = || {
+            // Paths of sockets are short (108 bytes), ours may not be; this process may go where it likes.
+            std::env::set_current_dir(state_root(dir))?;
+            match fs::remove_file(name) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let listener = UnixListener::bind(name)?;
+            std::env::set_current_dir("/")?;
+            Ok(Console { listener, path: state_root(dir).join(name) })
+        };
+        bind().map_err(|e| format!("console socket: {e}"))
+    }
+
+    fn accept(self) -> Result<OwnedFd, String> {
+        let receive = || {
+            let (stream, _) = self.listener.accept()?;
+            receive_fd(&stream)?.1.ok_or_else(|| io::Error::other("no descriptor arrived"))
+        };
+        receive().map_err(|e| format!("receive the terminal: {e}"))
+    }
+}
+
+fn send_outcome(socket: &OwnedFd, outcome: &Outcome, console: Option<&OwnedFd>) -> io::Result<()> {
+    let bytes = serde_json::to_vec(outcome)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = console.map(AsFd::as_fd);
+    if let Some(fd) = &fds {
+        control.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(fd)));
+    }
+    sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+fn receive_fd(socket: impl AsFd) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    let mut bytes = vec![0; 16 << 10];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received =
+        recvmsg(socket, &mut [io::IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    bytes.truncate(received.bytes);
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    Ok((bytes, fd))
+}
+
+/// Reads a creator's message; `None` if it ended without one.
+pub(super) fn receive_outcome(socket: &OwnedFd) -> io::Result<Option<(Outcome, Option<OwnedFd>)>> {
+    let (bytes, console) = receive_fd(socket)?;
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some((serde_json::from_slice(&bytes)?, console)))
+}
+
+/// An error with all its causes.
+fn chain(error: impl std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// libcontainer's errors are short ("failed to unix syscall"); what failed is in its log, which goes to memory here.
+struct Detail(Option<File>);
+
+impl Detail {
+    fn install() -> Detail {
+        let file = rustix::fs::memfd_create("creator-log", rustix::fs::MemfdFlags::CLOEXEC).map(File::from).ok();
+        if let Some(writer) = file.as_ref().and_then(|f| f.try_clone().ok()) {
+            tracing_subscriber::fmt()
+                .with_max_level(tracing::Level::ERROR)
+                .with_ansi(false)
+                .without_time()
+                .with_target(false)
+                .with_level(false)
+                .with_writer(std::sync::Mutex::new(writer))
+                .init();
+        }
+        Detail(file)
+    }
+
+    /// Adds the first thing that went wrong, which is the cause of the rest.
+    fn explain(self, error: String) -> String {
+        let mut log = String::new();
+        if let Some(mut file) = self.0 {
+            let _unreadable = file.rewind().and_then(|()| file.take(4096).read_to_string(&mut log));
+        }
+        match log.lines().next() {
+            Some(first) if !error.contains(first) => format!("{error} ({})", first.trim()),
+            _ => error,
+        }
+    }
+}

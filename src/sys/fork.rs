@@ -1,0 +1,75 @@
+//! Processes made without `execve`: only ever from a process that has exactly one thread.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use nix::libc;
+use nix::unistd::Pid;
+
+/// Which side of [`fork`] this is.
+pub enum Fork {
+    /// The caller; the child's pid.
+    Parent(Pid),
+    /// The new process. It must end in [`exit_now`] or `execve`.
+    Child,
+}
+
+/// Forks. Refuses in a process with more than one thread: the child could inherit a lock that nobody holds.
+pub fn fork() -> io::Result<Fork> {
+    fork_with(0)
+}
+
+/// Forks into new namespaces (`CLONE_NEW*` flags of clone(2)). Same conditions as [`fork`].
+pub fn fork_with(namespaces: libc::c_int) -> io::Result<Fork> {
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other(format!("fork in a process with {threads} threads")));
+    }
+    let result = if namespaces == 0 {
+        // SAFETY: there is one thread, so the child's copy of memory is consistent.
+        libc::c_long::from(unsafe { libc::fork() })
+    } else {
+        let flags = libc::c_long::from(namespaces | libc::SIGCHLD);
+        // SAFETY: one thread, no shared memory flags and no new stack: this is fork into namespaces.
+        unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) }
+    };
+    match result {
+        0 => Ok(Fork::Child),
+        pid if pid > 0 => Ok(Fork::Parent(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?))),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends the process at once: no destructors, no exit handlers.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit takes an integer and does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// Closes every descriptor from 3 up that is not in `keep`, which must be what this process still uses:
+/// values that own the others must never be dropped (a forked child that ends in [`exit_now`] drops nothing).
+pub fn close_other_fds(keep: &[RawFd]) {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd > 2).collect();
+    keep.sort_unstable();
+    keep.push(u32::MAX);
+    let mut from = 3;
+    for next in keep {
+        if next > from {
+            // SAFETY: the caller gave up the descriptors in this range.
+            unsafe { libc::syscall(libc::SYS_close_range, from, next - 1, 0) };
+        }
+        from = next.saturating_add(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_to_fork_with_threads() {
+        // The test harness itself runs tests on threads of their own.
+        let refused = fork().err().map(|e| e.to_string());
+        assert!(refused.is_some_and(|text| text.contains("threads")));
+    }
+}

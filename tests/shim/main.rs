@@ -1,0 +1,10 @@
+//! The shim and the creator for real: needs root and a static busybox (Debian: busybox-static).
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod confinement;
+mod exec;
+mod harness;
+mod lifecycle;
+mod mounts;
+mod recovery;
+mod streams;
