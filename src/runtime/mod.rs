@@ -1,1 +1,3 @@
 //! An OCI bundle from a Pod, and the client side of the shim.
+
+pub mod spec;
