@@ -249,7 +249,9 @@ mod tests {
         let mut p = pod(vec![container("a", &[("cpu", "1"), ("example.com/gpu", "2")], &[("memory", "10")])]);
         let spec = p.spec.as_mut().unwrap();
         spec.resources = Some(ResourceRequirements {
-            requests: Some([("cpu".into(), Quantity("4".into())), ("example.com/gpu".into(), Quantity("9".into()))].into()),
+            requests: Some(
+                [("cpu".into(), Quantity("4".into())), ("example.com/gpu".into(), Quantity("9".into()))].into(),
+            ),
             ..Default::default()
         });
         spec.overhead = Some([("cpu".into(), Quantity("250m".into())), ("memory".into(), Quantity("5".into()))].into());
@@ -262,6 +264,11 @@ mod tests {
     #[test]
     fn a_wrong_quantity_is_named() {
         let p = pod(vec![container("a", &[], &[("memory", "12 apples")])]);
-        assert!(validate(&p).unwrap_err().to_string().starts_with("spec.containers[0].resources.limits[memory]: \"12 apples\""));
+        assert!(
+            validate(&p)
+                .unwrap_err()
+                .to_string()
+                .starts_with("spec.containers[0].resources.limits[memory]: \"12 apples\"")
+        );
     }
 }

@@ -203,7 +203,8 @@ fn effective(pod: &Pod, own: &Amounts) -> Amounts {
 fn huge_pages(limits: &Amounts, policy: &LimitPolicy) -> BTreeMap<i64, u64> {
     let mut pages: BTreeMap<i64, u64> = policy.huge_page_sizes.iter().map(|size| (*size, 0)).collect();
     for (name, _) in limits.iter() {
-        let size = name.strip_prefix(HUGE_PAGES_PREFIX).and_then(|size| quantity::value(&Quantity(size.to_owned())).ok());
+        let size =
+            name.strip_prefix(HUGE_PAGES_PREFIX).and_then(|size| quantity::value(&Quantity(size.to_owned())).ok());
         if let Some(limit) = size.and_then(|size| pages.get_mut(&size)) {
             *limit = u64::try_from(limits.value(name)).unwrap_or(0);
         }
@@ -251,7 +252,8 @@ fn memory_qos(pod: &Pod, requests: &Amounts, own: &Amounts, policy: &LimitPolicy
     let pod_limit = amounts::limits(pod.spec.as_ref().and_then(|s| s.resources.as_ref())).value(MEMORY);
     // the Pod's own memory.high throttles the container as well
     let pod_throttles = limit == 0 && pod_limit != 0;
-    let Some(factor) = memory_qos.throttling_factor.filter(|_| !pod_throttles && (request != limit || request == 0)) else {
+    let Some(factor) = memory_qos.throttling_factor.filter(|_| !pod_throttles && (request != limit || request == 0))
+    else {
         return;
     };
     let upper = if limit != 0 { limit } else { policy.allocatable_memory };
@@ -265,7 +267,11 @@ fn protection(pod: &Pod) -> &'static str {
 }
 
 /// `memory.high` between request and limit, on a page boundary; `None` when it would not be above the request.
-#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "a factor of bytes; the KEP rounds to pages")]
+#[allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    reason = "a factor of bytes; the KEP rounds to pages"
+)]
 fn throttle_at(request: i64, upper: i64, factor: f64, page_size: i64) -> Option<i64> {
     if upper <= 0 {
         return None;
@@ -326,10 +332,8 @@ pub fn pod_limits(pod: &Pod, policy: &LimitPolicy, exclusive_cpus: bool) -> Limi
 /// `compressible_only` leaves out all but cpu (`kube-reserved-compressible`, `system-reserved-compressible`).
 #[must_use]
 pub fn node_limits(amounts: &Amounts, policy: &LimitPolicy, compressible_only: bool) -> Limits {
-    let mut result = Limits {
-        cpu_shares: amounts.lists(CPU).then(|| milli_cpu_to_shares(amounts.milli(CPU))),
-        ..Limits::default()
-    };
+    let mut result =
+        Limits { cpu_shares: amounts.lists(CPU).then(|| milli_cpu_to_shares(amounts.milli(CPU))), ..Limits::default() };
     if !compressible_only {
         result.memory = amounts.lists(MEMORY).then(|| amounts.value(MEMORY));
         result.pids = amounts.lists("pid").then(|| amounts.value("pid"));
@@ -357,7 +361,9 @@ mod tests {
 
     #[test]
     fn cpu_formulas() {
-        for (milli, shares, quota) in [(0, 2, -1), (1, 2, 1000), (5, 5, 1000), (100, 102, 10_000), (1000, 1024, 100_000)] {
+        for (milli, shares, quota) in
+            [(0, 2, -1), (1, 2, 1000), (5, 5, 1000), (100, 102, 10_000), (1000, 1024, 100_000)]
+        {
             assert_eq!(milli_cpu_to_shares(milli), shares, "{milli}");
             assert_eq!(milli_cpu_to_quota(milli, DEFAULT_CPU_PERIOD), quota, "{milli}");
         }
@@ -449,7 +455,7 @@ mod tests {
         let c = container("a", &[("memory", "1000")], &[("memory", "100000")]);
         let l = container_limits(&pod(vec![c.clone()]), &c, &policy, false);
         assert_eq!(l.unified.get("memory.low").map(String::as_str), Some("1000"));
-        assert_eq!(l.unified.get("memory.high").map(String::as_str), Some("90112"));
+        assert_eq!(l.unified.get("memory.high").map(String::as_str), Some("86016"));
         let off = LimitPolicy { memory_qos: None, ..policy };
         let l = container_limits(&pod(vec![c.clone()]), &c, &off, false);
         assert_eq!(l.unified.get("memory.high").map(String::as_str), Some("max"));

@@ -112,9 +112,8 @@ pub fn oom_score_adj(pod: &Pod, container: &Container, memory_capacity: i64) -> 
         QosClass::Burstable => {}
     }
     let spread = unallocated_memory_per_container(pod);
-    let score = |request: i64| {
-        1000 - 1000 * (i128::from(request) + i128::from(spread)) / i128::from(memory_capacity.max(1))
-    };
+    let score =
+        |request: i64| 1000 - 1000 * (i128::from(request) + i128::from(spread)) / i128::from(memory_capacity.max(1));
     let mut adj = score(amounts::requests(container.resources.as_ref()).value(MEMORY));
     let init_containers = pod.spec.iter().flat_map(|s| s.init_containers.iter().flatten());
     if amounts::is_sidecar(container) && init_containers.into_iter().any(|c| c.name == container.name) {

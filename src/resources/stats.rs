@@ -304,8 +304,11 @@ impl Files {
     }
 
     fn legacy_io(&self) -> Option<IoStats> {
-        let bytes = self.text("blkio.throttle.io_service_bytes_recursive").or_else(|| self.text("blkio.throttle.io_service_bytes"))?;
-        let operations = self.text("blkio.throttle.io_serviced_recursive").or_else(|| self.text("blkio.throttle.io_serviced"));
+        let bytes = self
+            .text("blkio.throttle.io_service_bytes_recursive")
+            .or_else(|| self.text("blkio.throttle.io_service_bytes"))?;
+        let operations =
+            self.text("blkio.throttle.io_serviced_recursive").or_else(|| self.text("blkio.throttle.io_serviced"));
         let mut devices = BTreeMap::new();
         fold_blkio(&bytes, &mut devices, |d| (&mut d.read_bytes, &mut d.write_bytes));
         fold_blkio(&operations.unwrap_or_default(), &mut devices, |d| (&mut d.reads, &mut d.writes));
@@ -349,8 +352,11 @@ fn parse_io_stat(text: &str) -> BTreeMap<String, DeviceIo> {
     let mut devices = BTreeMap::new();
     for line in text.lines() {
         let Some((device, values)) = line.split_once(' ') else { continue };
-        let values: BTreeMap<&str, u64> =
-            values.split(' ').filter_map(|p| p.split_once('=')).filter_map(|(n, v)| Some((n, v.parse().ok()?))).collect();
+        let values: BTreeMap<&str, u64> = values
+            .split(' ')
+            .filter_map(|p| p.split_once('='))
+            .filter_map(|(n, v)| Some((n, v.parse().ok()?)))
+            .collect();
         let value = |name: &str| values.get(name).copied().unwrap_or(0);
         let io = DeviceIo {
             read_bytes: value("rbytes"),
@@ -462,7 +468,10 @@ mod tests {
         let d = tempfile::tempdir().unwrap();
         for (file, text) in [
             ("cpu.stat", "usage_usec 5\nuser_usec 3\nsystem_usec 2\nnr_periods 7\nnr_throttled 1\nthrottled_usec 9\n"),
-            ("cpu.pressure", "some avg10=1.50 avg60=0.00 avg300=0.25 total=77\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"),
+            (
+                "cpu.pressure",
+                "some avg10=1.50 avg60=0.00 avg300=0.25 total=77\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n",
+            ),
             ("memory.stat", "anon 10\nfile 20\ninactive_file 15\npgfault 4\npgmajfault 2\n"),
             ("memory.current", "40\n"),
             ("memory.max", "100\n"),
@@ -489,7 +498,9 @@ mod tests {
     #[test]
     fn folds_version_1_block_counters() {
         let mut devices = BTreeMap::new();
-        fold_blkio("8:0 Read 5\n8:0 Write 6\n8:0 Total 11\nTotal 11\n", &mut devices, |d| (&mut d.read_bytes, &mut d.write_bytes));
+        fold_blkio("8:0 Read 5\n8:0 Write 6\n8:0 Total 11\nTotal 11\n", &mut devices, |d| {
+            (&mut d.read_bytes, &mut d.write_bytes)
+        });
         assert_eq!(devices["8:0"], DeviceIo { read_bytes: 5, write_bytes: 6, reads: 0, writes: 0 });
     }
 

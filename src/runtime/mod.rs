@@ -1,3 +1,4 @@
 //! An OCI bundle from a Pod, and the client side of the shim.
 
 pub mod client;
+pub mod spec;

@@ -25,7 +25,7 @@ fn limit(value: i64) -> String {
 }
 
 /// `2MB`, `1GB`: the page size in the names of `hugetlb` files.
-pub(super) fn page_size_name(bytes: i64) -> String {
+pub(crate) fn page_size_name(bytes: i64) -> String {
     let (mut size, mut unit) = (bytes, "B");
     for next in ["KB", "MB", "GB"] {
         if size % 1024 != 0 || size < 1024 {

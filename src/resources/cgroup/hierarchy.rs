@@ -18,7 +18,17 @@ const UNIFIED_CONTROLLERS: [(&str, bool); 6] =
     [("cpu", true), ("memory", true), ("pids", true), ("cpuset", false), ("io", false), ("hugetlb", false)];
 /// Version 1 controllers in which Pods get a directory: those that libcontainer puts containers in.
 const LEGACY_CONTROLLERS: [&str; 12] = [
-    "cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "hugetlb", "perf_event", "net_cls",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "memory",
+    "devices",
+    "freezer",
+    "blkio",
+    "pids",
+    "hugetlb",
+    "perf_event",
+    "net_cls",
     "net_prio",
 ];
 
@@ -270,7 +280,8 @@ pub(super) fn read(file: &Path) -> Result<String, CgroupError> {
 
 /// Writes a file of a cgroup, which must exist: cgroup files are never created by a write.
 pub(super) fn write(file: &Path, value: &str) -> Result<(), CgroupError> {
-    let result = fs::OpenOptions::new().write(true).open(file).and_then(|mut f| io::Write::write_all(&mut f, value.as_bytes()));
+    let result =
+        fs::OpenOptions::new().write(true).open(file).and_then(|mut f| io::Write::write_all(&mut f, value.as_bytes()));
     result.map_err(|source| CgroupError::Write { value: value.to_owned(), path: file.to_owned(), source }.or_io())
 }
 

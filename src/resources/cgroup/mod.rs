@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
 
+pub(crate) use apply::page_size_name;
 pub use hierarchy::{Hierarchy, LegacyMount};
 pub use names::{Driver, Names};
 
@@ -52,7 +53,9 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// The kernel, or the cgroup above the node's tree, does not offer a controller that Pods need.
-    #[error("cgroup controller {controller:?} is missing at {path}: enable it on the kernel command line, or delegate it to this service")]
+    #[error(
+        "cgroup controller {controller:?} is missing at {path}: enable it on the kernel command line, or delegate it to this service"
+    )]
     MissingController {
         /// Name of the controller.
         controller: String,
@@ -82,7 +85,10 @@ impl CgroupError {
     fn or_io(self) -> Self {
         match self {
             Self::Write { path, source, .. }
-                if matches!(source.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::ENODEV | nix::libc::EBUSY | nix::libc::ESRCH)) =>
+                if matches!(
+                    source.raw_os_error(),
+                    Some(nix::libc::ENOENT | nix::libc::ENODEV | nix::libc::EBUSY | nix::libc::ESRCH)
+                ) =>
             {
                 Self::Io { action: "write", path, source }
             }
@@ -237,7 +243,9 @@ impl CgroupTree {
         if self.policy.cgroup_v2 && self.protects_memory() {
             let memory = |class: QosClass| -> i64 {
                 let of_class = pods.clone().into_iter().filter(|pod| qos::qos_class(pod) == class);
-                of_class.map(|pod| super::amounts::pod_requests(pod).value(super::amounts::MEMORY)).fold(0, i64::saturating_add)
+                of_class
+                    .map(|pod| super::amounts::pod_requests(pod).value(super::amounts::MEMORY))
+                    .fold(0, i64::saturating_add)
             };
             let (guaranteed, low) = (memory(QosClass::Guaranteed), memory(QosClass::Burstable));
             burstable.unified.insert("memory.low".into(), low.to_string());
@@ -368,10 +376,12 @@ mod tests {
                 assert_eq!(scratch.read("cpu", &path, "cpu.cfs_quota_us"), "200000");
                 assert_eq!(scratch.read("cpuset", &path, "cpuset.cpus"), scratch.read("cpuset", "/", "cpuset.cpus"));
             }
-            p.spec.as_mut().unwrap().containers[0] = container("a", &[("cpu", "1")], &[("cpu", "3"), ("memory", "128Mi")]);
+            p.spec.as_mut().unwrap().containers[0] =
+                container("a", &[("cpu", "1")], &[("cpu", "3"), ("memory", "128Mi")]);
             tree.ensure_pod(&p, false).unwrap();
             assert_eq!(memory_limit(&scratch, &path), (128_i64 << 20).to_string());
-            p.spec.as_mut().unwrap().containers[0] = container("a", &[("cpu", "1")], &[("cpu", "1"), ("memory", "32Mi")]);
+            p.spec.as_mut().unwrap().containers[0] =
+                container("a", &[("cpu", "1")], &[("cpu", "1"), ("memory", "32Mi")]);
             tree.ensure_pod(&p, false).unwrap();
             assert_eq!(memory_limit(&scratch, &path), (32_i64 << 20).to_string());
             assert_eq!(tree.pod_uids().unwrap(), [("1111-aa".to_owned(), path)].into());
@@ -433,8 +443,7 @@ mod tests {
     fn opening_twice_takes_over() {
         let scratch = Scratch::new(Driver::Cgroupfs);
         scratch.0.ensure_pod(&example("7777"), false).unwrap();
-        let config =
-            CgroupConfig { root: scratch.1.clone(), driver: Driver::Cgroupfs, policy: LimitPolicy::default() };
+        let config = CgroupConfig { root: scratch.1.clone(), driver: Driver::Cgroupfs, policy: LimitPolicy::default() };
         let again = CgroupTree::open(config).unwrap();
         assert_eq!(again.pod_uids().unwrap().len(), 1);
     }
