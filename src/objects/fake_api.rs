@@ -20,7 +20,6 @@ type TokenHandler = Box<dyn Fn(&str, Value) -> Result<Value, u16> + Send>;
 /// A request that was made.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
-    pub path: String,
     pub query: BTreeMap<String, String>,
 }
 
@@ -142,7 +141,7 @@ impl FakeApi {
             .collect();
         let body = request.into_body().collect_bytes().await.unwrap_or_default();
         let mut inner = self.0.lock().unwrap();
-        inner.seen.push(Seen { path: path.clone(), query: query.clone() });
+        inner.seen.push(Seen { query: query.clone() });
         if let Some((code, times)) = inner.failures.get_mut(&path).filter(|(_, times)| *times > 0) {
             *times = times.saturating_sub(1);
             return failure(*code);
