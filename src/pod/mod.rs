@@ -3,6 +3,7 @@
 pub mod backoff;
 mod conditions;
 pub mod effects;
+pub mod env;
 pub mod fold;
 pub mod model;
 pub mod plan;
