@@ -152,7 +152,8 @@ impl Scene {
     /// Creates, starts and reads what init prints.
     fn run(&self, name: &str, bundle: &Path) -> (libcontainer::container::Container, String) {
         let (mut reader, writer) = std::io::pipe().expect("pipe");
-        let mut container = self.builder(name).with_stdout(writer).as_init(bundle).with_systemd(false).build().expect("create");
+        let mut container =
+            self.builder(name).with_stdout(writer).as_init(bundle).with_systemd(false).build().expect("create");
         container.start().expect("start");
         let mut text = Vec::new();
         let mut chunk = [0; 4096];
@@ -169,7 +170,8 @@ impl Scene {
         let process = json!({"user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/bin", "HOME=/"], "args": args});
         fs::write(&file, process.to_string()).expect("process.json");
         let (mut reader, writer) = std::io::pipe().expect("pipe");
-        let built = self.builder(name).with_stdout(writer).as_tenant().with_process(Some(file)).with_detach(true).build();
+        let built =
+            self.builder(name).with_stdout(writer).as_tenant().with_process(Some(file)).with_detach(true).build();
         built.expect("exec");
         let mut text = String::new();
         reader.read_to_string(&mut text).expect("read");
@@ -239,7 +241,9 @@ fn end(mut container: libcontainer::container::Container) {
 impl Drop for Scene {
     fn drop(&mut self) {
         let _ = umount2(&self.dir.path().join("volume"), MntFlags::MNT_DETACH);
-        while nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG)).is_ok_and(|s| s.pid().is_some()) {}
+        while nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG)).is_ok_and(|s| s.pid().is_some())
+        {
+        }
         let relative = self.cgroup.strip_prefix("/").expect("absolute");
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let dir = hierarchy.path().join(relative);

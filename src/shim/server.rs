@@ -348,7 +348,8 @@ impl Server {
     }
 
     fn reply_with_fd<T: Serialize>(&mut self, to: ReplyTo, answer: Answer<T>, fd: Option<OwnedFd>) {
-        let mut message = Message { v: PROTOCOL_VERSION, id: Some(to.id), fds: usize::from(fd.is_some()), ..Default::default() };
+        let mut message =
+            Message { v: PROTOCOL_VERSION, id: Some(to.id), fds: usize::from(fd.is_some()), ..Default::default() };
         match answer.and_then(|ok| serde_json::to_value(ok).map_err(|e| io_error("encode")(e.into()))) {
             Ok(value) => message.ok = Some(value),
             Err(error) => message.error = Some(error),
@@ -472,7 +473,10 @@ impl Server {
     fn shutdown(&mut self, to: ReplyTo, request: &ShutdownRequest) -> Answer<()> {
         let running = self.containers.values().filter(|c| !matches!(c.phase, Phase::Exited)).count();
         if running > 0 && !request.force {
-            return refuse(ErrorKind::Conflict, format!("{running} containers are not finished; stop them or use force"));
+            return refuse(
+                ErrorKind::Conflict,
+                format!("{running} containers are not finished; stop them or use force"),
+            );
         }
         for container in self.containers.values().filter(|c| !matches!(c.phase, Phase::Exited)) {
             self.hierarchies.signal(&container.record.request.cgroup_path, Signal::SIGKILL);

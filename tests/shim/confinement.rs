@@ -71,7 +71,8 @@ async fn seccomp_holds_for_any_user_and_for_exec() {
             seccomp: Some(serde_json::from_value(profile()).expect("profile")),
             mounts: Vec::new(),
         };
-        fs::set_permissions(draft.rootfs().join("tmp"), std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("tmp");
+        fs::set_permissions(draft.rootfs().join("tmp"), std::os::unix::fs::PermissionsExt::from_mode(0o777))
+            .expect("tmp");
         pod.create(&draft).await.expect("create");
         pod.shim.start(draft.id()).await.expect("start");
         let (exec, _) = pod.exec(&draft, &format!("e{uid}{no_new_privs}"), &probe).await;
@@ -169,9 +170,13 @@ async fn the_shim_is_small_and_has_one_thread() {
     assert_eq!(fs::read_dir(format!("/proc/{}/task", hello.pid)).expect("task").count(), 1);
     assert!(fs::read(format!("/proc/{}/environ", hello.pid)).expect("environ").is_empty());
     let smaps = fs::read_to_string(format!("/proc/{}/smaps_rollup", hello.pid)).expect("smaps");
-    let private: u64 = smaps.lines().filter_map(|l| l.strip_prefix("Private_Dirty:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()).sum();
-    assert!(private < 600, "{private} kB private: {smaps}");
-    println!("private dirty: {private} kB");
+    // Not Private_Dirty: pages of a binary that was linked a moment ago are dirty as well.
+    let own = smaps
+        .lines()
+        .find_map(|l| l.strip_prefix("Anonymous:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    let own = own.expect("Anonymous");
+    println!("memory of its own: {own} kB");
+    assert!(own <= 300, "{own} kB: {smaps}");
     pod.shim.signal(draft.id(), 9, false).await.expect("kill");
     pod.exit_of(draft.id()).await;
 }

@@ -23,7 +23,9 @@ use crate::shim::logfile::{LogFile, Stream};
 use crate::shim::protocol::{
     ContainerRef, CreateRequest, Created, ErrorBody, ErrorKind, Event, SignalRequest, Started,
 };
-use crate::shim::record::{CONTAINER_FILE, CONTAINERS_DIR, ContainerRecord, EXIT_FILE, ExitRecord, container_dirs, write_json};
+use crate::shim::record::{
+    CONTAINER_FILE, CONTAINERS_DIR, ContainerRecord, EXIT_FILE, ExitRecord, container_dirs, write_json,
+};
 
 const CREATE_DEADLINE: Duration = Duration::from_secs(120);
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -113,7 +115,11 @@ impl Server {
         }
         if request.container_dir.parent() != Some(&self.pod_dir.join(CONTAINERS_DIR)) {
             let parent = self.pod_dir.join(CONTAINERS_DIR);
-            return invalid("container_dir", &request.container_dir, &format!("must be a directory in {}", parent.display()));
+            return invalid(
+                "container_dir",
+                &request.container_dir,
+                &format!("must be a directory in {}", parent.display()),
+            );
         }
         if !is_valid_path(&request.cgroup_path) {
             return invalid("cgroup_path", &request.cgroup_path, "must be absolute, without `..`, and not the root");
@@ -142,7 +148,13 @@ impl Server {
         }
     }
 
-    fn spawn_create(&mut self, reply: ReplyTo, id: &Rc<str>, container: &mut Container, until: Instant) -> io::Result<()> {
+    fn spawn_create(
+        &mut self,
+        reply: ReplyTo,
+        id: &Rc<str>,
+        container: &mut Container,
+        until: Instant,
+    ) -> io::Result<()> {
         let request = container.record.request.clone();
         let _none_yet = fs::remove_dir_all(request.container_dir.join(STATE_DIR));
         let stdio = if request.terminal { null_stdio()? } else { self.container_pipes(id, container)? };
