@@ -12,7 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, pipe2};
 
-use super::lifecycle::{START_DEADLINE, exit_record, null, outcome_socket};
+use super::jobs::{null, outcome_socket};
+use super::lifecycle::{START_DEADLINE, exit_record};
 use super::{Answer, JobKind, REMEMBERED_EXITS, Server, io_error, read_available, refuse};
 use crate::shim::container::{Phase, ReplyTo, set_nonblocking};
 use crate::shim::creator::{self, Outcome, Stdio, Task};
