@@ -68,8 +68,6 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// What the node offers, when there is no Node object to say it.
     pub allocatable: BTreeMap<String, Quantity>,
-    /// Ports of `Probe` and hook requests by name are looked up in the Pod; the client is shared.
-    pub prober: crate::pod::probe::Prober,
     pub(super) shims: Mutex<HashMap<String, Shim>>,
 }
 

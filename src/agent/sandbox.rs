@@ -1,6 +1,5 @@
 //! A Pod's sandbox: cgroup, namespaces and addresses, the files that describe them, and the shim.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::IpAddr;

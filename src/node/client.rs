@@ -207,6 +207,8 @@ async fn connect(credentials: &Credentials) -> Result<Client, ClientError> {
 }
 
 fn build(config: &Config) -> kube::Result<Client> {
+    // an error says that somebody chose a provider already
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let mut http = HttpConnector::new_with_resolver(HostResolver);
     http.enforce_http(false);
     http.set_connect_timeout(Some(CONNECT_TIMEOUT));

@@ -116,7 +116,7 @@ impl NodeKeeper {
         let mut pause = REGISTER_PAUSE.0;
         loop {
             let (facts, health) = (self.facts.borrow().clone(), self.health.borrow().clone());
-            let (initial, events) = register::initial_node(&self.config, &facts, &health, Timestamp::now());
+            let (initial, events) = register::initial_node(&self.config, &facts, &health, now());
             tracing::info!(node = self.config.node_name, "attempting to register node");
             match register::try_register(&nodes, &initial, &self.config).await {
                 Ok(result) => {
@@ -168,7 +168,7 @@ impl NodeKeeper {
     async fn update(&self, nodes: &Api<Node>, original: &Node, reported: &mut Option<Reported>) -> kube::Result<()> {
         let (facts, health) = (self.facts.borrow().clone(), self.health.borrow().clone());
         let previous = original.status.clone().unwrap_or_default();
-        let (status, events) = status::build(&previous, &self.config, &facts, &health, Timestamp::now());
+        let (status, events) = status::build(&previous, &self.config, &facts, &health, now());
         let mut node = original.clone();
         let labels = node.metadata.labels.get_or_insert_default();
         for (key, value) in [("kubernetes.io/os", "linux"), ("kubernetes.io/arch", status::architecture())] {
@@ -257,6 +257,18 @@ impl NodeKeeper {
             self.recorder.node_event(EventType::Normal, event, message);
         }
     }
+}
+
+#[cfg(not(test))]
+fn now() -> Timestamp {
+    Timestamp::now()
+}
+
+/// Tests' wall clock follows tokio's, which they can pause.
+#[cfg(test)]
+fn now() -> Timestamp {
+    thread_local!(static START: (Timestamp, Instant) = (Timestamp::now(), Instant::now()));
+    START.with(|(wall, start)| *wall + Instant::now().saturating_duration_since(*start))
 }
 
 /// Resource versions of one object can be compared since Kubernetes 1.35 (KEP 5504).

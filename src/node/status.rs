@@ -503,7 +503,7 @@ mod tests {
             amounts(&status.capacity),
             [
                 ("cpu", "4"),
-                ("ephemeral-storage", "100000000000"),
+                ("ephemeral-storage", "97656250Ki"),
                 ("hugepages-2Mi", "1Gi"),
                 ("memory", "8Gi"),
                 ("pods", "110")
@@ -514,7 +514,7 @@ mod tests {
             // 8Gi - 1Gi reserved - 100Mi eviction - 1Gi huge pages; 90 % of the disk
             [
                 ("cpu", "3250m"),
-                ("ephemeral-storage", "90000000000"),
+                ("ephemeral-storage", "87890625Ki"),
                 ("hugepages-2Mi", "1Gi"),
                 ("memory", "6044Mi"),
                 ("pods", "110")
@@ -528,7 +528,7 @@ mod tests {
             amounts(&status.allocatable),
             [
                 ("cpu", "2"),
-                ("ephemeral-storage", "100000000000"),
+                ("ephemeral-storage", "97656250Ki"),
                 ("hugepages-2Mi", "1Gi"),
                 ("memory", "6Gi"),
                 ("pods", "40")
