@@ -137,9 +137,10 @@ func upCommand() *cobra.Command {
 				return fmt.Errorf("images: %w", err)
 			}
 			c, err := h.Up(cmd.Context(), options)
-			if c != nil {
-				defer c.Close()
+			if c == nil {
+				return err
 			}
+			defer c.Close()
 			if err != nil {
 				return fmt.Errorf("%w\nhack/cluster logs --name %s shows more, hack/cluster down --name %s cleans up", err, options.Name, options.Name)
 			}
