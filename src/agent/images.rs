@@ -46,7 +46,8 @@ impl ImageVolumes for VolumeImages {
         .boxed()
     }
 
-    fn released(&self, _pod_uid: &str) {}
+    // the image is pinned by its mount only while it is being made: garbage collection asks the volumes
+    fn release(&self, _pod_uid: &str) {}
 }
 
 /// `status.images`, largest first.

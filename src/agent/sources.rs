@@ -6,8 +6,9 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::node::{Node, NodeEffects};
+use crate::config::Config;
 use crate::pod::model::Desired;
-use crate::source::{Origin, PodChange, is_mirror};
+use crate::source::{Origin, PodChange, UrlSource, is_mirror, watch_files, watch_url};
 
 /// Takes changes until the sources end.
 pub(super) async fn follow(node: Arc<Node>, effects: Arc<NodeEffects>, mut changes: mpsc::Receiver<PodChange>) {
@@ -45,4 +46,20 @@ pub(super) async fn follow(node: Arc<Node>, effects: Arc<NodeEffects>, mut chang
             }
         }
     }
+}
+
+/// Starts the sources of static Pods that the configuration names.
+pub(super) fn start_static(config: &Arc<Config>, changes: &mpsc::Sender<PodChange>) -> Result<(), String> {
+    let kubelet = &config.kubelet;
+    if !kubelet.static_pod_path.is_empty() {
+        let (path, name) = (kubelet.static_pod_path.clone().into(), config.node_name.clone());
+        tokio::spawn(watch_files(path, name, kubelet.file_check_frequency.std(), changes.clone()));
+    }
+    if !kubelet.static_pod_url.is_empty() {
+        let source = UrlSource::new(&kubelet.static_pod_url, &kubelet.static_pod_url_header)
+            .map_err(|error| format!("staticPodURL: {error}"))?;
+        let name = config.node_name.clone();
+        tokio::spawn(watch_url(source, name, kubelet.http_check_frequency.std(), changes.clone()));
+    }
+    Ok(())
 }

@@ -206,6 +206,12 @@ async fn connect(credentials: &Credentials) -> Result<Client, ClientError> {
     build(&config).map_err(|source| ClientError::Credentials { path: kubeconfig.clone(), source: source.into() })
 }
 
+/// A client for some other server, without credentials, trusting the system's authorities.
+pub(crate) fn plain(base: http::Uri) -> Result<Client, ClientError> {
+    let path = PathBuf::from(base.to_string());
+    build(&Config::new(base)).map_err(|source| ClientError::Credentials { path, source: source.into() })
+}
+
 fn build(config: &Config) -> kube::Result<Client> {
     // an error says that somebody chose a provider already
     let _ = rustls::crypto::ring::default_provider().install_default();

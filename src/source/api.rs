@@ -130,10 +130,19 @@ mod tests {
         let mut run = |events: Vec<watcher::Event<Pod>>| {
             words(&events.into_iter().flat_map(|event| pods.apply(event)).collect::<Vec<_>>())
         };
-        assert_eq!(run(vec![Init, InitApply(pod("1", "a")), InitApply(pod("2", "b")), InitDone]), ["set a", "set b", "synced"]);
-        assert_eq!(run(vec![Apply(pod("3", "c")), Delete(pod("1", "a")), Delete(pod("9", "x"))]), ["set c", "removed a"]);
+        assert_eq!(
+            run(vec![Init, InitApply(pod("1", "a")), InitApply(pod("2", "b")), InitDone]),
+            ["set a", "set b", "synced"]
+        );
+        assert_eq!(
+            run(vec![Apply(pod("3", "c")), Delete(pod("1", "a")), Delete(pod("9", "x"))]),
+            ["set c", "removed a"]
+        );
         // while the watch was away b was deleted and made again under the same name
-        assert_eq!(run(vec![Init, InitApply(pod("4", "b")), InitApply(pod("3", "c")), InitDone]), ["set b", "set c", "removed b", "synced"]);
+        assert_eq!(
+            run(vec![Init, InitApply(pod("4", "b")), InitApply(pod("3", "c")), InitDone]),
+            ["set b", "set c", "removed b", "synced"]
+        );
     }
 
     #[test]

@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Container, ContainerPort, EnvVar, HTTPGetAction, ObjectFieldSelector, Pod, PodSpec, Probe, ResourceRequirements, Volume,
+    Container, ContainerPort, EnvVar, HTTPGetAction, ObjectFieldSelector, Pod, PodSpec, Probe, ResourceRequirements,
+    Volume,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
@@ -271,7 +272,10 @@ mod tests {
         assert_eq!(spec["volumes"][1]["hostPath"]["type"], "");
         assert_eq!(spec["volumes"][2]["secret"]["defaultMode"], 420);
         assert_eq!(spec["volumes"][3]["projected"]["sources"][0]["serviceAccountToken"]["expirationSeconds"], 3600);
-        assert_eq!(spec["volumes"][3]["projected"]["sources"][1]["downwardAPI"]["items"][0]["fieldRef"]["apiVersion"], "v1");
+        assert_eq!(
+            spec["volumes"][3]["projected"]["sources"][1]["downwardAPI"]["items"][0]["fieldRef"]["apiVersion"],
+            "v1"
+        );
         assert_eq!(spec["initContainers"][0]["resources"]["requests"], json!({"cpu": "1001m", "memory": "1Mi"}));
         let container = &spec["containers"][0];
         assert_eq!(container["ports"][0], json!({"containerPort": 80, "hostPort": 80, "protocol": "TCP"}));

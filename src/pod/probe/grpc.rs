@@ -28,8 +28,9 @@ pub(super) async fn check(host: &str, port: u16, service: &str, use_tls: bool, l
             go_duration(limit)
         ))
     };
-    let unreachable =
-        |reason: &dyn std::fmt::Display| Answer::failure(format!("error: failed to connect service at {address:?}: {reason}"));
+    let unreachable = |reason: &dyn std::fmt::Display| {
+        Answer::failure(format!("error: failed to connect service at {address:?}: {reason}"))
+    };
     let stream = match dial::connect(host, port, limit).await {
         Ok(stream) => stream,
         Err(error) if error.timed_out => return too_late("context deadline exceeded"),
@@ -98,7 +99,10 @@ where
         }
     } else if !http_status.is_success() {
         let code = if http_status == http::StatusCode::NOT_FOUND { 12 } else { 2 };
-        return Err(Status { code, message: format!("unexpected HTTP status code received from server: {http_status}") });
+        return Err(Status {
+            code,
+            message: format!("unexpected HTTP status code received from server: {http_status}"),
+        });
     }
     let mut body = response.into_body();
     let mut message = BytesMut::new();
@@ -107,7 +111,10 @@ where
         let frame = frame.map_err(Status::unavailable)?;
         if let Some(data) = frame.data_ref() {
             if message.len() + data.len() > MAX_OUTPUT {
-                return Err(Status { code: 8, message: format!("received message larger than max ({MAX_OUTPUT} bytes)") });
+                return Err(Status {
+                    code: 8,
+                    message: format!("received message larger than max ({MAX_OUTPUT} bytes)"),
+                });
             }
             message.extend_from_slice(data);
         } else if let Ok(map) = frame.into_trailers() {
@@ -221,9 +228,23 @@ fn serving_status(status: u64) -> String {
 
 fn code_name(code: u32) -> String {
     const NAMES: [&str; 17] = [
-        "OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound", "AlreadyExists",
-        "PermissionDenied", "ResourceExhausted", "FailedPrecondition", "Aborted", "OutOfRange", "Unimplemented",
-        "Internal", "Unavailable", "DataLoss", "Unauthenticated",
+        "OK",
+        "Canceled",
+        "Unknown",
+        "InvalidArgument",
+        "DeadlineExceeded",
+        "NotFound",
+        "AlreadyExists",
+        "PermissionDenied",
+        "ResourceExhausted",
+        "FailedPrecondition",
+        "Aborted",
+        "OutOfRange",
+        "Unimplemented",
+        "Internal",
+        "Unavailable",
+        "DataLoss",
+        "Unauthenticated",
     ];
     let name = usize::try_from(code).ok().and_then(|code| NAMES.get(code));
     name.map_or_else(|| format!("Code({code})"), |name| (*name).to_owned())
@@ -243,7 +264,9 @@ mod tests {
         assert_eq!(decode_response(&[0, 0, 0, 0, 0]), Some(0));
         // an unknown field before the known one
         assert_eq!(decode_response(&[0, 0, 0, 0, 6, 0x12, 2, 9, 9, 8, 2]), Some(2));
-        for broken in [&[][..], &[0, 0, 0, 0, 9, 8], &[1, 0, 0, 0, 2, 8, 1], &[0, 0, 0, 0, 1, 8], &[0, 0, 0, 0, 2, 0x12, 9]] {
+        for broken in
+            [&[][..], &[0, 0, 0, 0, 9, 8], &[1, 0, 0, 0, 2, 8, 1], &[0, 0, 0, 0, 1, 8], &[0, 0, 0, 0, 2, 0x12, 9]]
+        {
             assert_eq!(decode_response(broken), None, "{broken:?}");
         }
         assert_eq!(percent_decode("a%20b%zz%C3%BC"), "a b%zzü");

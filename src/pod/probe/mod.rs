@@ -5,7 +5,7 @@
 
 mod dial;
 mod grpc;
-mod http;
+mod http_get;
 mod tls;
 mod url;
 
@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::probes::ProbeKind;
 
-pub use http::{HttpGet, get};
+pub use http_get::{HttpGet, get};
 
 /// How often a probe that could not be carried out is tried.
 const ATTEMPTS: usize = 3;

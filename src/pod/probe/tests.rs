@@ -8,9 +8,7 @@ use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Frame;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use k8s_openapi::api::core::v1::{
-    ContainerPort, ExecAction, GRPCAction, HTTPGetAction, HTTPHeader, TCPSocketAction,
-};
+use k8s_openapi::api::core::v1::{ContainerPort, ExecAction, GRPCAction, HTTPGetAction, HTTPHeader, TCPSocketAction};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -76,7 +74,11 @@ async fn statuses_are_judged() {
             Verdict::Failure,
             "HTTP probe failed with statuscode: 500",
         ),
-        ("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", Verdict::Failure, "HTTP probe failed with statuscode: 404"),
+        (
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+            Verdict::Failure,
+            "HTTP probe failed with statuscode: 404",
+        ),
     ] {
         let (port, _) = server(vec![response]).await;
         assert_eq!(run_http(http(port)).await, answer(verdict, output), "{response}");
@@ -100,7 +102,8 @@ async fn requests_look_like_a_kubelets() {
     run_http(action).await.unwrap();
     let requests = requests.lock().unwrap();
     assert!(requests[0].starts_with("GET /healthz HTTP/1.1\r\n"), "{}", requests[0]);
-    for line in [&format!("Host: {LOOPBACK}:{port}"), "User-Agent: kube-probe/1.37", "Accept: */*", "Connection: close"] {
+    for line in [&format!("Host: {LOOPBACK}:{port}"), "User-Agent: kube-probe/1.37", "Accept: */*", "Connection: close"]
+    {
         assert!(requests[0].contains(&format!("{line}\r\n")), "{line}\n{}", requests[0]);
     }
     for line in ["Host: example.com", "X-Twice: 1", "X-Twice: 2", "User-Agent: mine"] {
@@ -242,7 +245,9 @@ where
 
 #[tokio::test]
 async fn certificates_are_not_checked_and_http2_is_negotiated() {
-    for (alpn, version) in [(&[&b"h2"[..], b"http/1.1"][..], "HTTP/2.0"), (&[b"http/1.1"], "HTTP/1.1"), (&[], "HTTP/1.1")] {
+    for (alpn, version) in
+        [(&[&b"h2"[..], b"http/1.1"][..], "HTTP/2.0"), (&[b"http/1.1"], "HTTP/1.1"), (&[], "HTTP/1.1")]
+    {
         let mut action = http(tls_server(alpn).await.port());
         action.scheme = Some("HTTPS".into());
         assert_eq!(run_http(action).await, answer(Verdict::Success, version));

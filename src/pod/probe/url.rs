@@ -76,7 +76,9 @@ fn scheme_of(url: &str) -> Option<&str> {
 fn split_authority(url: &str) -> (Option<&str>, &str) {
     let after_scheme = scheme_of(url).map_or(url, |scheme| &url[scheme.len() + 1..]);
     match after_scheme.strip_prefix("//") {
-        None => (None, if after_scheme.len() == url.len() || after_scheme.starts_with('/') { after_scheme } else { url }),
+        None => {
+            (None, if after_scheme.len() == url.len() || after_scheme.starts_with('/') { after_scheme } else { url })
+        }
         Some(rest) => {
             let end = rest.find(['/', '?']).unwrap_or(rest.len());
             (Some(&rest[..end]), &rest[end..])
@@ -131,7 +133,8 @@ fn has_valid_escapes(text: &str) -> bool {
 fn encode(target: &str, all: bool) -> String {
     let mut encoded = String::with_capacity(target.len());
     for byte in target.bytes() {
-        let plain = byte.is_ascii_graphic() && !matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}');
+        let plain =
+            byte.is_ascii_graphic() && !matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}');
         if plain && !(all && matches!(byte, b'%' | b'?' | b'#')) {
             encoded.push(char::from(byte));
         } else {

@@ -135,7 +135,7 @@ async fn run(inner: Arc<Inner>) {
                 Ok(event) => {
                     let mut directories = inner.directories();
                     if event.events().contains(ReadFlags::QUEUE_OVERFLOW) {
-                        directories.values().for_each(|directory| drop(directory.changes.send(())));
+                        directories.values().for_each(|directory| directory.changes.send_replace(()));
                     } else if event.events().contains(ReadFlags::IGNORED) {
                         // The directory is gone (or was let go): dropping the sender tells who still listens.
                         directories.remove(&event.wd());
