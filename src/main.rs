@@ -1,3 +1,17 @@
 //! Argument dispatch, nothing else.
 
-fn main() {}
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use gantry::config::Config;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // Shims come first: they must stay single-threaded, so nothing may have started a thread before.
+    gantry::cli::main(args, agent)
+}
+
+fn agent(config: Config) -> ExitCode {
+    eprintln!("gantry: node {}: this build has no agent", config.node_name);
+    ExitCode::FAILURE
+}
