@@ -7,7 +7,7 @@ mod gate_table;
 mod gates;
 mod kubelet;
 mod load;
-mod names;
+pub(crate) mod names;
 mod validate;
 
 use std::collections::BTreeMap;
