@@ -7,7 +7,6 @@ use gantry::config::Config;
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    // Shims come first: they must stay single-threaded, so nothing may have started a thread before.
     gantry::cli::main(args, agent)
 }
 
