@@ -304,7 +304,7 @@ mod tests {
     fn start() -> Rig {
         let api = FakeApi::default();
         // the fake has no watches: let them hang as an idle one does
-        api.on(|seen| seen.query.contains("watch=true").then(|| (200, Value::Null)));
+        api.on(|seen| seen.query.contains("watch=true").then_some((200, Value::Null)));
         let mut facts = NodeFacts::default();
         facts.machine.ephemeral_storage = Some(1 << 30);
         facts.machine.boot_id = "b".into();
@@ -385,5 +385,52 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(20)).await;
         assert!(rig.api.get(PATH).is_some());
         rig.cancel.cancel();
+    }
+
+    #[tokio::test]
+    async fn our_node_is_watched() {
+        use super::super::client::{ApiClient, Credentials, Limits};
+        let node = |version: &str, unschedulable: bool| {
+            serde_json::json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node", "uid": "u", "resourceVersion": version},
+                "spec": {"podCIDR": "10.1.2.0/24", "unschedulable": unschedulable}
+            })
+        };
+        let server = super::super::fake::HttpServer::start(move |request| {
+            let query = request.uri().query().unwrap_or("");
+            assert!(query.contains("fieldSelector=metadata.name%3Dnode"), "{query}");
+            if query.contains("watch=true") {
+                return (200, serde_json::json!({"type": "MODIFIED", "object": node("2", true)}));
+            }
+            let metadata = serde_json::json!({"resourceVersion": "1"});
+            (200, serde_json::json!({"apiVersion": "v1", "kind": "NodeList", "metadata": metadata, "items": [node("1", false)]}))
+        })
+        .await;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kubeconfig");
+        let text = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": format!("http://127.0.0.1:{}", server.port)}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}], "users": [{"name": "u", "user": {}}]
+        });
+        std::fs::write(&path, text.to_string()).unwrap();
+        let credentials = Credentials { kubeconfig: path, rotated: None };
+        let client = ApiClient::new(credentials, Limits::heartbeat(Duration::from_secs(5))).await.unwrap().client();
+        let (node_tx, mut node_rx) = watch::channel(None);
+        let keeper = NodeKeeper {
+            config: Arc::new(Config::for_tests(dir.path())),
+            heartbeat: client.clone(),
+            client,
+            facts: watch::channel(Arc::default()).1,
+            health: watch::channel(NodeHealth::default()).1,
+            recorder: EventRecorder::log_only("node"),
+            node: node_tx,
+        };
+        tokio::spawn(async move { keeper.watch_node().await });
+        let cordoned = |node: &Option<Arc<Node>>| {
+            node.as_ref().and_then(|node| node.spec.as_ref()).is_some_and(|spec| spec.unschedulable == Some(true))
+        };
+        let seen = tokio::time::timeout(Duration::from_secs(10), node_rx.wait_for(cordoned)).await.unwrap().unwrap();
+        assert_eq!(seen.as_ref().unwrap().spec.as_ref().unwrap().pod_cidr.as_deref(), Some("10.1.2.0/24"));
     }
 }

@@ -109,7 +109,7 @@ fn port_defaults(port: &mut ContainerPort, host_network: bool) {
 fn env_defaults(variable: &mut EnvVar) {
     let Some(source) = &mut variable.value_from else { return };
     source.field_ref.iter_mut().for_each(field_defaults);
-    for key in &mut source.file_key_ref {
+    if let Some(key) = &mut source.file_key_ref {
         key.optional.get_or_insert(false);
     }
 }
@@ -155,7 +155,7 @@ fn probe_defaults(probe: &mut Probe) {
     number(&mut probe.success_threshold, 1);
     number(&mut probe.failure_threshold, 3);
     probe.http_get.iter_mut().for_each(http_defaults);
-    for grpc in &mut probe.grpc {
+    if let Some(grpc) = &mut probe.grpc {
         grpc.service.get_or_insert_default();
     }
 }
@@ -171,35 +171,35 @@ fn volume_defaults(volume: &mut Volume) {
     if sources == Some(1) {
         volume.empty_dir = Some(Default::default());
     }
-    for image in &mut volume.image {
+    if let Some(image) = &mut volume.image {
         let policy = pull_policy(image.reference.as_deref().unwrap_or(""));
         fill(&mut image.pull_policy, policy);
     }
-    for path in &mut volume.host_path {
+    if let Some(path) = &mut volume.host_path {
         path.type_.get_or_insert_default();
     }
-    for secret in &mut volume.secret {
+    if let Some(secret) = &mut volume.secret {
         secret.default_mode.get_or_insert(FILE_MODE);
     }
-    for map in &mut volume.config_map {
+    if let Some(map) = &mut volume.config_map {
         map.default_mode.get_or_insert(FILE_MODE);
     }
-    for downward in &mut volume.downward_api {
+    if let Some(downward) = &mut volume.downward_api {
         downward.default_mode.get_or_insert(FILE_MODE);
         downward.items.iter_mut().flatten().flat_map(|item| &mut item.field_ref).for_each(field_defaults);
     }
-    for projected in &mut volume.projected {
+    if let Some(projected) = &mut volume.projected {
         projected.default_mode.get_or_insert(FILE_MODE);
         for source in projected.sources.iter_mut().flatten() {
-            for downward in &mut source.downward_api {
+            if let Some(downward) = &mut source.downward_api {
                 downward.items.iter_mut().flatten().flat_map(|item| &mut item.field_ref).for_each(field_defaults);
             }
-            for token in &mut source.service_account_token {
+            if let Some(token) = &mut source.service_account_token {
                 token.expiration_seconds.get_or_insert(3600);
             }
         }
     }
-    for disk in &mut volume.iscsi {
+    if let Some(disk) = &mut volume.iscsi {
         fill(&mut disk.iscsi_interface, "default");
     }
 }

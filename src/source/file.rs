@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
@@ -76,7 +77,12 @@ impl Watch {
         {
             inotify.add_watch(parent, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE)?;
         }
-        Ok(Self(AsyncFd::new(inotify.as_fd().try_clone_to_owned()?)?))
+        let fd = inotify.as_fd().try_clone_to_owned()?;
+        #[allow(
+            deprecated,
+            reason = "an OwnedFd keeps its descriptor as long as it lives: what the unsafe form asks for"
+        )]
+        Ok(Self(AsyncFd::with_interest(fd, Interest::READABLE)?))
     }
 
     /// Waits for a change; for ever without inotify.
