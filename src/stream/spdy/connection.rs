@@ -357,8 +357,7 @@ mod tests {
     #[tokio::test]
     async fn garbage_ends_the_connection_with_goaway() {
         let (mut client, _accepted, driver) = pair(Limits::default());
-        client.io.write_all(b"GET / HTTP/1.1\r\n\r\n\xff\xff\xff\xff\xff\xff").await.expect("write");
-        client.data(0, b"", false).await;
+        client.io.write_all(b"\xffSSH-2.0-client\r\n").await.expect("write");
         assert_eq!(client.frame().await, Some(Frame::GoAway { last_stream: 0, status: 1 }));
         assert!(driver.await.expect("join").is_err());
     }
