@@ -490,7 +490,7 @@ mod tests {
             stdin: Some(Box::new(stdin)),
             stdout: Some(Box::new(stdout)),
             stderr: Some(Box::new(stderr)),
-            resize: Some(Box::new(move |size| drop(sizes.send(size)))),
+            resize: Some(Box::new(move |size| sizes.send(size).unwrap_or_default())),
             exit: Box::pin(async { ended.await.unwrap_or_else(|_| Err(io::Error::other("lost"))) }),
         };
         let played =

@@ -335,9 +335,16 @@ mod tests {
 
     fn read(directory: &Path, options: &LogOptions) -> String {
         let mut reader = LogReader::open(directory.to_owned(), 0, options).expect("open");
-        let mut out = Vec::new();
-        while reader.fill(&mut out, true).expect("fill") != Progress::Done {}
-        String::from_utf8(out).expect("text")
+        let (mut text, mut out) = (Vec::new(), Vec::new());
+        loop {
+            let progress = reader.fill(&mut out, true).expect("fill");
+            text.append(&mut out);
+            match progress {
+                Progress::More => {}
+                Progress::CaughtUp => panic!("nothing more is written"),
+                Progress::Done => return String::from_utf8(text).expect("text"),
+            }
+        }
     }
 
     const LOG: &str = "\
