@@ -7,12 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::{List, api::core::v1::Pod};
 use tokio::io::AsyncReadExt;
 use tokio_stream::wrappers::ReceiverStream;
-use warp::{
-    Filter, Rejection, Reply,
-    filters::BoxedFilter,
-    reject::Reject,
-    reply::Response,
-};
+use warp::{Filter, Rejection, Reply, filters::BoxedFilter, reject::Reject, reply::Response};
 
 use super::{
     Server,
@@ -143,9 +138,11 @@ fn statistics_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
         exposition(|out| resource_metrics::collect(&summary, out))
     });
     let endpoint = |path: &'static str, endpoint: MetricsEndpoint| {
-        warp::path("metrics").and(warp::path(path)).and(warp::path::end()).and(with(server)).map(
-            move |server: Arc<Server>| exposition(|out| server.node.collect(endpoint, out)),
-        )
+        warp::path("metrics")
+            .and(warp::path(path))
+            .and(warp::path::end())
+            .and(with(server))
+            .map(move |server: Arc<Server>| exposition(|out| server.node.collect(endpoint, out)))
     };
     let slis = warp::path!("metrics" / "slis")
         .and(with(server))
@@ -264,9 +261,10 @@ async fn read_bounded(from: Option<Box<dyn tokio::io::AsyncRead + Send + Unpin>>
 }
 
 fn system_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
-    let configz = warp::path("configz").and(warp::path::end()).and(with(server)).map(|server: Arc<Server>| {
-        respond::json(&serde_json::json!({ "kubeletconfig": server.node.configz() }))
-    });
+    let configz = warp::path("configz")
+        .and(warp::path::end())
+        .and(with(server))
+        .map(|server: Arc<Server>| respond::json(&serde_json::json!({ "kubeletconfig": server.node.configz() })));
     let logs = warp::path("logs").and(only(GET)).and(warp::path::tail()).and(with(server)).and(parsed_query()).then(
         async |path: warp::path::Tail, server: Arc<Server>, query: Query| {
             if !server.options.system_logs {

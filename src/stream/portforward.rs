@@ -22,8 +22,7 @@ use super::{
 /// Protocols over SPDY.
 pub const SPDY_PROTOCOLS: &[&str] = &["portforward.k8s.io"];
 /// Protocols over WebSocket; the empty one stands for a client that names none.
-pub const WEBSOCKET_PROTOCOLS: &[&str] =
-    &["", "v4.channel.k8s.io", "v4.base64.channel.k8s.io", TUNNEL_PROTOCOL];
+pub const WEBSOCKET_PROTOCOLS: &[&str] = &["", "v4.channel.k8s.io", "v4.base64.channel.k8s.io", TUNNEL_PROTOCOL];
 /// The WebSocket protocol that tunnels SPDY.
 pub const TUNNEL_PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";
 
@@ -371,7 +370,12 @@ mod tests {
         client
     }
 
-    async fn open_pair(client: &mut Client<impl AsyncRead + AsyncWrite + Unpin>, first: u32, port: &str, request: &str) {
+    async fn open_pair(
+        client: &mut Client<impl AsyncRead + AsyncWrite + Unpin>,
+        first: u32,
+        port: &str,
+        request: &str,
+    ) {
         let mut common = vec![("port", port)];
         if !request.is_empty() {
             common.push(("requestID", request));

@@ -22,8 +22,7 @@ use super::{
 };
 
 /// Protocols over SPDY, the newest first.
-pub const SPDY_PROTOCOLS: &[&str] =
-    &["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
+pub const SPDY_PROTOCOLS: &[&str] = &["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
 /// Protocols over WebSocket; the empty one stands for a client that names none.
 pub const WEBSOCKET_PROTOCOLS: &[&str] = &[
     "",
@@ -517,9 +516,8 @@ mod tests {
     fn serve_process(upgrade: Upgrade, options: StreamOptions) -> (DuplexStream, Played, Served) {
         let (client, server) = tokio::io::duplex(1 << 16);
         let (process, played) = process();
-        let task = tokio::spawn(async move {
-            serve(server, &upgrade, options, LIMITS, || async { Ok(process) }).await
-        });
+        let task =
+            tokio::spawn(async move { serve(server, &upgrade, options, LIMITS, || async { Ok(process) }).await });
         (client, played, task)
     }
 

@@ -68,10 +68,7 @@ impl Accepted {
 
 /// Serves SPDY on `io`: the streams that the client opens, and the future that drives the connection. Dropping
 /// the future closes the connection at once.
-pub(in crate::stream) fn connection<T>(
-    io: T,
-    limits: Limits,
-) -> (Accepted, impl Future<Output = io::Result<()>> + Send)
+pub(in crate::stream) fn connection<T>(io: T, limits: Limits) -> (Accepted, impl Future<Output = io::Result<()>> + Send)
 where
     T: AsyncRead + AsyncWrite + Send + Unpin,
 {
@@ -193,7 +190,7 @@ impl Reader {
 
     async fn open(&mut self, id: u32, headers: Headers, fin: bool, unidirectional: bool) -> Result<(), Broken> {
         let Some(incoming) = &self.incoming else { return Ok(()) };
-        if id % 2 == 0 || id < self.next_id {
+        if id.is_multiple_of(2) || id < self.next_id {
             return self.hub.command(Command::Reset(id, status::PROTOCOL_ERROR)).await;
         }
         self.next_id = id.saturating_add(2);
