@@ -4,7 +4,8 @@ use std::{convert::Infallible, sync::Arc};
 
 use http::{Method, StatusCode};
 use jiff::Timestamp;
-use k8s_openapi::{List, api::core::v1::Pod};
+use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ListMeta};
+use serde::Serialize;
 use tokio::io::AsyncReadExt;
 use tokio_stream::wrappers::ReceiverStream;
 use warp::{Filter, Rejection, Reply, filters::BoxedFilter, reject::Reject, reply::Response};
@@ -101,20 +102,30 @@ fn health_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
 
 fn pod_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
     let pods = warp::path("pods").and(warp::path::end()).and(only(GET)).and(with(server)).map(|server: Arc<Server>| {
-        let items = server.node.pods().iter().map(|pod| Pod::clone(pod)).collect();
-        pod_list(items)
+        let pods = server.node.pods();
+        pod_list(pods.iter().map(|pod| &**pod).collect())
     });
     let running = warp::path("runningpods").and(warp::path::end()).and(only(GET)).and(with(server)).then(
         async |server: Arc<Server>| match server.node.running_pods().await {
-            Ok(items) => pod_list(items),
+            Ok(pods) => pod_list(pods.iter().collect()),
             Err(error) => error.into(),
         },
     );
     pods.or(running).unify().boxed()
 }
 
-fn pod_list(items: Vec<Pod>) -> Response {
-    respond::json(&List { items, ..List::default() })
+/// A `v1.PodList`, without copying the Pods.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PodList<'a> {
+    kind: &'static str,
+    api_version: &'static str,
+    metadata: ListMeta,
+    items: Vec<&'a Pod>,
+}
+
+fn pod_list(items: Vec<&Pod>) -> Response {
+    respond::json(&PodList { kind: "PodList", api_version: "v1", metadata: ListMeta::default(), items })
 }
 
 fn statistics_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {

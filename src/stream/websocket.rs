@@ -122,7 +122,7 @@ where
     let mut ends = Vec::with_capacity(channels.len());
     let mut feeds = Vec::with_capacity(channels.len());
     for (number, channel) in (0_u32..).zip(channels) {
-        let Some((feed, inbound, outbound)) = hub.stream(number) else { break };
+        let Some((feed, _, inbound, outbound)) = hub.stream(number) else { break };
         let reads = matches!(channel, Channel::Read | Channel::ReadWrite);
         let writes = matches!(channel, Channel::Write | Channel::ReadWrite);
         feeds.push(reads.then_some(feed));
