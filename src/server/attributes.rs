@@ -6,9 +6,7 @@ use http::Method;
 ///
 /// The table is the kubelet's `pkg/kubelet/server/auth.go` with KubeletFineGrainedAuthz (GA in 1.36).
 pub fn subresources(path: &str) -> &'static [&'static str] {
-    let below = |root: &str| {
-        path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-    };
+    let below = |root: &str| path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     match () {
         () if below("/pods") || below("/allocatedPods") || below("/runningpods") => &["pods", "proxy"],
         () if below("/healthz") => &["healthz", "proxy"],

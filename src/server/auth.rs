@@ -287,7 +287,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_unreachable_api_server_denies_and_is_asked_again() {
-        let (auth, fake) = auth(AuthConfig { anonymous: true, ..AuthConfig::default() }, Fake { broken: true, ..Fake::default() });
+        let (auth, fake) =
+            auth(AuthConfig { anonymous: true, ..AuthConfig::default() }, Fake { broken: true, ..Fake::default() });
         assert_eq!(status(&auth, &token("secret"), "/pods").await.0, 401);
         let (code, body) = status(&auth, &HeaderMap::new(), "/pods").await;
         let expected = "Authorization error (user=system:anonymous, verb=get, resource=nodes, subresource=pods)";

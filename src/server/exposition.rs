@@ -164,8 +164,11 @@ impl<const N: usize> Durations<N> {
         out.family(self.name, self.help, Kind::Histogram);
         let name = self.name;
         for (labels, buckets) in &*lock(&self.values) {
-            let mut pairs: Vec<(&str, &str)> = self.labels.iter().copied().zip(labels.iter().map(String::as_str)).collect();
-            for (bound, count) in BOUNDS.iter().chain(&[f64::INFINITY]).zip(buckets.counts.iter().chain(&[buckets.count])) {
+            let mut pairs: Vec<(&str, &str)> =
+                self.labels.iter().copied().zip(labels.iter().map(String::as_str)).collect();
+            for (bound, count) in
+                BOUNDS.iter().chain(&[f64::INFINITY]).zip(buckets.counts.iter().chain(&[buckets.count]))
+            {
                 let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_owned() };
                 let with_bound = [&pairs[..], &[("le", bound.as_str())]].concat();
                 out.sample(&format!("{name}_bucket"), &with_bound, f64::from(*count), None);
@@ -189,7 +192,8 @@ mod tests {
         let mut out = Exposition::default();
         values.collect(&mut out);
         out.sample("y", &[], f64::INFINITY, Some(12));
-        let expected = "# HELP x_total [STABLE] Two\\nlines\n# TYPE x_total counter\nx_total{a=\"q\\\"\\\\\\n\"} 3.5\ny +Inf 12\n";
+        let expected =
+            "# HELP x_total [STABLE] Two\\nlines\n# TYPE x_total counter\nx_total{a=\"q\\\"\\\\\\n\"} 3.5\ny +Inf 12\n";
         assert_eq!(out.into_string(), expected);
     }
 

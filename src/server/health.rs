@@ -70,7 +70,8 @@ pub(super) fn all(node: &dyn NodeApi, metrics: &HealthMetrics, query: &Query) ->
             lines += &format!("[+]{name} ok\n");
         }
     }
-    let unknown: Vec<_> = query.all("exclude").filter(|name| !CHECKS.contains(name)).map(|name| format!("{name:?}")).collect();
+    let unknown: Vec<_> =
+        query.all("exclude").filter(|name| !CHECKS.contains(name)).map(|name| format!("{name:?}")).collect();
     if !unknown.is_empty() {
         lines += &format!("warn: some health checks cannot be excluded: no matches for {}\n", unknown.join(", "));
     }

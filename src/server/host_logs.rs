@@ -151,7 +151,8 @@ mod tests {
         std::fs::write(outside.path().join("secret"), "secret").expect("write");
         std::fs::write(root.path().join("syslog"), "text").expect("write");
         std::fs::create_dir(root.path().join("pods<&")).expect("mkdir");
-        let link = |target: &Path, name: &str| std::os::unix::fs::symlink(target, root.path().join(name)).expect("symlink");
+        let link =
+            |target: &Path, name: &str| std::os::unix::fs::symlink(target, root.path().join(name)).expect("symlink");
         link(outside.path(), "absolute");
         link(Path::new("../"), "up");
         link(Path::new("syslog"), "inside");

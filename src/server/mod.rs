@@ -35,8 +35,8 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 use warp::reply::Response;
 
-use self::{api::NodeApi, auth::Auth, logs::watch::LogWatcher, metrics::ServerMetrics};
 pub use self::listener::Connection;
+use self::{api::NodeApi, auth::Auth, logs::watch::LogWatcher, metrics::ServerMetrics};
 use crate::stream::Limits;
 
 /// Settings of the server.

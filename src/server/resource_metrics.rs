@@ -124,8 +124,11 @@ fn containers(pods: &[PodStats], out: &mut Exposition) {
         out.family(name, help, kind);
         for pod in pods {
             for container in &pod.containers {
-                let labels =
-                    [("container", &*container.name), ("pod", &*pod.pod_ref.name), ("namespace", &*pod.pod_ref.namespace)];
+                let labels = [
+                    ("container", &*container.name),
+                    ("pod", &*pod.pod_ref.name),
+                    ("namespace", &*pod.pod_ref.namespace),
+                ];
                 emit(out, name, sample(container, &labels));
             }
         }

@@ -4,15 +4,11 @@ use std::{convert::Infallible, sync::Arc};
 
 use http::{Method, StatusCode};
 use jiff::Timestamp;
-use k8s_openapi::{List, api::core::v1::Pod};
+use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ListMeta};
+use serde::Serialize;
 use tokio::io::AsyncReadExt;
 use tokio_stream::wrappers::ReceiverStream;
-use warp::{
-    Filter, Rejection, Reply,
-    filters::BoxedFilter,
-    reject::Reject,
-    reply::Response,
-};
+use warp::{Filter, Rejection, Reply, filters::BoxedFilter, reject::Reject, reply::Response};
 
 use super::{
     Server,
@@ -106,20 +102,30 @@ fn health_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
 
 fn pod_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
     let pods = warp::path("pods").and(warp::path::end()).and(only(GET)).and(with(server)).map(|server: Arc<Server>| {
-        let items = server.node.pods().iter().map(|pod| Pod::clone(pod)).collect();
-        pod_list(items)
+        let pods = server.node.pods();
+        pod_list(pods.iter().map(|pod| &**pod).collect())
     });
     let running = warp::path("runningpods").and(warp::path::end()).and(only(GET)).and(with(server)).then(
         async |server: Arc<Server>| match server.node.running_pods().await {
-            Ok(items) => pod_list(items),
+            Ok(pods) => pod_list(pods.iter().collect()),
             Err(error) => error.into(),
         },
     );
     pods.or(running).unify().boxed()
 }
 
-fn pod_list(items: Vec<Pod>) -> Response {
-    respond::json(&List { items, ..List::default() })
+/// A `v1.PodList`, without copying the Pods.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PodList<'a> {
+    kind: &'static str,
+    api_version: &'static str,
+    metadata: ListMeta,
+    items: Vec<&'a Pod>,
+}
+
+fn pod_list(items: Vec<&Pod>) -> Response {
+    respond::json(&PodList { kind: "PodList", api_version: "v1", metadata: ListMeta::default(), items })
 }
 
 fn statistics_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
@@ -143,9 +149,11 @@ fn statistics_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
         exposition(|out| resource_metrics::collect(&summary, out))
     });
     let endpoint = |path: &'static str, endpoint: MetricsEndpoint| {
-        warp::path("metrics").and(warp::path(path)).and(warp::path::end()).and(with(server)).map(
-            move |server: Arc<Server>| exposition(|out| server.node.collect(endpoint, out)),
-        )
+        warp::path("metrics")
+            .and(warp::path(path))
+            .and(warp::path::end())
+            .and(with(server))
+            .map(move |server: Arc<Server>| exposition(|out| server.node.collect(endpoint, out)))
     };
     let slis = warp::path!("metrics" / "slis")
         .and(with(server))
@@ -264,9 +272,10 @@ async fn read_bounded(from: Option<Box<dyn tokio::io::AsyncRead + Send + Unpin>>
 }
 
 fn system_routes(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
-    let configz = warp::path("configz").and(warp::path::end()).and(with(server)).map(|server: Arc<Server>| {
-        respond::json(&serde_json::json!({ "kubeletconfig": server.node.configz() }))
-    });
+    let configz = warp::path("configz")
+        .and(warp::path::end())
+        .and(with(server))
+        .map(|server: Arc<Server>| respond::json(&serde_json::json!({ "kubeletconfig": server.node.configz() })));
     let logs = warp::path("logs").and(only(GET)).and(warp::path::tail()).and(with(server)).and(parsed_query()).then(
         async |path: warp::path::Tail, server: Arc<Server>, query: Query| {
             if !server.options.system_logs {

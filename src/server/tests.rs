@@ -62,7 +62,11 @@ impl NodeApi for Node {
         async { Ok(Vec::new()) }.boxed()
     }
 
-    fn log_source<'a>(&'a self, target: &'a ContainerTarget, id: &'a str) -> BoxFuture<'a, Result<LogSource, ApiError>> {
+    fn log_source<'a>(
+        &'a self,
+        target: &'a ContainerTarget,
+        id: &'a str,
+    ) -> BoxFuture<'a, Result<LogSource, ApiError>> {
         assert_eq!((target.container.as_str(), id), ("app", "gantry://1"));
         let directory = self.logs.path().to_owned();
         async move { Ok(LogSource { directory, attempt: 0, complete: self.complete.subscribe() }) }.boxed()
@@ -124,7 +128,8 @@ impl NodeApi for Node {
             if *self.sick.lock().expect("lock") {
                 return Err(ApiError::Internal("sick".into()));
             }
-            let time = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::from_second(1000).expect("time"));
+            let time =
+                k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::from_second(1000).expect("time"));
             let cpu = CpuStats {
                 time: time.clone(),
                 usage_nano_cores: None,
@@ -418,7 +423,9 @@ async fn ordinary_endpoints() {
     }
     assert!(running.get("/metrics/probes").await.1.contains("# HELP from_node Probes\n"));
     assert!(running.get("/metrics/cadvisor").await.1.contains("# HELP from_node Cadvisor\n"));
-    assert!(running.get("/metrics/slis").await.1.contains("kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1\n"));
+    assert!(
+        running.get("/metrics/slis").await.1.contains("kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1\n")
+    );
     let (_, body) = running.get("/metrics").await;
     assert!(body.contains("kubelet_http_requests_total{long_running=\"false\",method=\"GET\",path=\"configz\",server_type=\"readwrite\"} 1\n"), "{body}");
     assert!(body.contains("from_node 1\n"));
@@ -443,9 +450,11 @@ async fn methods_and_disabled_endpoints() {
         let (status, headers, _) = running.send(As::Certificate(&admin), b"http/1.1", Method::POST, path).await;
         assert_eq!((status, headers["allow"].to_str().expect("text")), (405, "GET"), "{path}");
     }
-    let (status, headers, _) = running.send(As::Certificate(&admin), b"http/1.1", Method::PUT, "/exec/shop/web/app").await;
+    let (status, headers, _) =
+        running.send(As::Certificate(&admin), b"http/1.1", Method::PUT, "/exec/shop/web/app").await;
     assert_eq!((status, headers["allow"].to_str().expect("text")), (405, "GET, POST"));
-    let (status, _, body) = running.send(As::Certificate(&admin), b"http/1.1", Method::POST, "/checkpoint/shop/web/app").await;
+    let (status, _, body) =
+        running.send(As::Certificate(&admin), b"http/1.1", Method::POST, "/checkpoint/shop/web/app").await;
     assert!(status == 404 && body.contains("not supported"), "{status} {body}");
     assert_eq!(running.get("/logs/messages").await, (200, "hello\n".into()));
     assert_eq!(running.get("/logs/%2e%2e/%2e%2e/etc/passwd").await.0, 404);
@@ -467,12 +476,18 @@ async fn container_logs() {
     std::fs::write(running.node.logs.path().join("0.log.20230101-000000"), line("old")).expect("write");
     let logs = "/containerLogs/shop/web/app";
     assert_eq!(running.get(logs).await, (200, "old\none\ntwo\n".into()));
-    assert_eq!(running.get(&format!("{logs}?tailLines=1&timestamps=true")).await, (200, line("two").replace("stdout F ", "")));
+    assert_eq!(
+        running.get(&format!("{logs}?tailLines=1&timestamps=true")).await,
+        (200, line("two").replace("stdout F ", ""))
+    );
     assert_eq!(running.get(&format!("{logs}?tailLines=x")).await.0, 400);
     assert_eq!(running.get(&format!("{logs}?limitBytes=0")).await.0, 422);
     let missing = running.get(&format!("{logs}?previous=true")).await;
     assert_eq!(missing, (400, "previous terminated container \"app\" in pod \"web\" not found".into()));
-    assert_eq!(running.get("/containerLogs/shop/web/x").await, (404, "container \"x\" not found in pod \"web\"".into()));
+    assert_eq!(
+        running.get("/containerLogs/shop/web/x").await,
+        (404, "container \"x\" not found in pod \"web\"".into())
+    );
     assert_eq!(running.get("/containerLogs/shop/x/app").await, (404, "pod \"x\" does not exist".into()));
     // Following ends with the container.
     let (file, complete) = (running.node.logs.path().join("0.log"), running.node.complete.clone());
@@ -503,7 +518,10 @@ async fn run_and_refusals_of_streams() {
     assert_eq!(post("/exec/shop/web/u-9/app?output=1&command=id").await, (404, "pod not found".into()));
     assert_eq!(post("/exec/shop/web/x?output=1&command=id").await, (404, "container not found (\"x\")".into()));
     let (status, body) = post("/exec/shop/web/u-1/app?output=1&command=id").await;
-    assert!(status == 400 && body.starts_with("unable to upgrade: header X-Stream-Protocol-Version"), "{status} {body}");
+    assert!(
+        status == 400 && body.starts_with("unable to upgrade: header X-Stream-Protocol-Version"),
+        "{status} {body}"
+    );
     assert_eq!(post("/portForward/shop/web").await.0, 400);
 }
 
@@ -562,7 +580,9 @@ async fn spdy_upgrade_answers_the_documented_headers() {
         }
         let text = String::from_utf8_lossy(&received).to_ascii_lowercase();
         assert!(text.starts_with("http/1.1 101 switching protocols\r\n"), "{text}");
-        for header in ["connection: upgrade\r\n", "upgrade: spdy/3.1\r\n", &format!("x-stream-protocol-version: {chosen}\r\n")] {
+        for header in
+            ["connection: upgrade\r\n", "upgrade: spdy/3.1\r\n", &format!("x-stream-protocol-version: {chosen}\r\n")]
+        {
             assert!(text.contains(header), "{header} not in {text}");
         }
     }

@@ -130,7 +130,8 @@ impl ResolvesServerCert for ServingCertificate {
 
 fn certified(certificates: &[u8], key: &[u8], provider: &CryptoProvider) -> Result<Arc<CertifiedKey>, TlsError> {
     let invalid = |error: &dyn fmt::Display| TlsError::Certificate(error.to_string());
-    let chain: Vec<_> = CertificateDer::pem_slice_iter(certificates).collect::<Result<_, _>>().map_err(|e| invalid(&e))?;
+    let chain: Vec<_> =
+        CertificateDer::pem_slice_iter(certificates).collect::<Result<_, _>>().map_err(|e| invalid(&e))?;
     let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| invalid(&e))?;
     CertifiedKey::from_der(chain, key, provider).map(Arc::new).map_err(|e| invalid(&e))
 }
@@ -162,7 +163,9 @@ fn is_usable(certificate: &[u8], hostnames: &[String], addresses: &[IpAddr]) -> 
         return false;
     }
     let Ok(Some(names)) = parsed.subject_alternative_name() else { return false };
-    let has_name = |name: &String| names.value.general_names.iter().any(|san| matches!(san, GeneralName::DNSName(dns) if dns == name));
+    let has_name = |name: &String| {
+        names.value.general_names.iter().any(|san| matches!(san, GeneralName::DNSName(dns) if dns == name))
+    };
     let has_address = |address: &IpAddr| {
         let octets = match address {
             IpAddr::V4(address) => address.octets().to_vec(),
@@ -181,7 +184,8 @@ fn make_self_signed(hostnames: &[String], addresses: &[IpAddr]) -> Result<(Strin
     let name = format!("{}@{}", hostnames.first().map_or("gantry", String::as_str), now.as_second());
     params.distinguished_name.push(DnType::CommonName, name);
     let seconds = std::time::Duration::from_secs;
-    let at = |time: Timestamp| std::time::SystemTime::UNIX_EPOCH + seconds(u64::try_from(time.as_second()).unwrap_or(0));
+    let at =
+        |time: Timestamp| std::time::SystemTime::UNIX_EPOCH + seconds(u64::try_from(time.as_second()).unwrap_or(0));
     // An hour back, for clients whose clock is behind.
     params.not_before = at(now - SignedDuration::from_hours(1)).into();
     params.not_after = at(now + SELF_SIGNED_LIFETIME).into();
@@ -256,7 +260,9 @@ mod tests {
         let directory = tempfile::tempdir().expect("dir");
         let read = || fs::read(directory.path().join("kubelet.crt")).expect("read");
         let (names, addresses) = (vec!["node-1".to_owned()], vec!["192.0.2.1".parse().expect("address")]);
-        let make = |addresses: &[IpAddr]| ServingCertificate::self_signed(directory.path(), &names, addresses).expect("certificate");
+        let make = |addresses: &[IpAddr]| {
+            ServingCertificate::self_signed(directory.path(), &names, addresses).expect("certificate")
+        };
         make(&addresses);
         let first = read();
         make(&addresses);

@@ -51,9 +51,8 @@ impl AsyncRead for FdReader {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             let mut guard = ready!(self.0.poll_read_ready(cx))?;
-            let outcome = guard.try_io(|fd| {
-                rustix::io::read(fd.get_ref(), buf.initialize_unfilled()).map_err(io::Error::from)
-            });
+            let outcome =
+                guard.try_io(|fd| rustix::io::read(fd.get_ref(), buf.initialize_unfilled()).map_err(io::Error::from));
             match outcome {
                 Ok(Ok(count)) => {
                     buf.advance(count);

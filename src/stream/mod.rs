@@ -18,6 +18,7 @@ pub mod mux;
 pub mod portforward;
 pub mod remotecommand;
 pub mod spdy;
+mod status;
 pub mod upgrade;
 pub mod websocket;
 

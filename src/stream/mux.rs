@@ -6,7 +6,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -17,6 +17,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::Instant,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Chunks queued for one consumer. With [`MAX_CHUNK`] it bounds what a stalled consumer can hold back.
 const INBOUND_CHUNKS: usize = 8;
@@ -47,6 +48,24 @@ pub(super) enum Command {
     Shutdown(u32),
 }
 
+/// What is left of a stream for its transport once its feed is finished: it can still be reset.
+pub(super) struct StreamWatch {
+    reset: CancellationToken,
+    slot: Weak<OwnedSemaphorePermit>,
+}
+
+impl StreamWatch {
+    /// The client gave the stream up: sending on it fails from now on.
+    pub(super) fn reset(&self) {
+        self.reset.cancel();
+    }
+
+    /// Whether both ends were dropped.
+    pub(super) fn is_over(&self) -> bool {
+        self.slot.strong_count() == 0
+    }
+}
+
 /// A place among the streams of a connection; given back when both ends of the stream are dropped.
 type Slot = Arc<OwnedSemaphorePermit>;
 
@@ -59,7 +78,7 @@ enum Event {
 pub struct Inbound {
     events: mpsc::Receiver<Event>,
     finished: bool,
-    _slot: Option<Slot>,
+    _slot: Slot,
 }
 
 impl Inbound {
@@ -108,11 +127,6 @@ impl Feed {
         }
     }
 
-    /// Whether nobody will take what is handed on.
-    pub(super) fn is_abandoned(&self) -> bool {
-        self.events.is_closed()
-    }
-
     /// Announces the end of the stream.
     pub(super) async fn finish(self) {
         // A consumer that is gone does not need to know.
@@ -125,16 +139,17 @@ pub struct Outbound {
     id: u32,
     commands: mpsc::Sender<Command>,
     open: bool,
-    _slot: Option<Slot>,
+    reset: CancellationToken,
+    _slot: Slot,
 }
 
 impl Outbound {
     /// Queues `data`, waiting while the client is slow.
     ///
     /// # Errors
-    /// [`Broken`] if the connection is gone, or this end was finished or reset before.
+    /// [`Broken`] if the connection is gone, the client reset the stream, or this end was finished or reset before.
     pub async fn send(&mut self, data: Bytes) -> Result<(), Broken> {
-        if !self.open {
+        if !self.open || self.reset.is_cancelled() {
             return Err(Broken);
         }
         self.commands.send(Command::Data(self.id, data)).await.map_err(|_| Broken)
@@ -153,6 +168,11 @@ impl Outbound {
         if std::mem::take(&mut self.open) {
             let _ = self.commands.send(Command::Reset(self.id, code)).await;
         }
+    }
+
+    /// Completes when the client resets the stream, which it may do after it finished its own direction.
+    pub fn was_reset(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.reset.clone().cancelled_owned()
     }
 
     /// This end, finished without a word.
@@ -190,13 +210,15 @@ impl Hub {
     }
 
     /// Both ends of a new stream, or `None` if the connection has as many as it may have.
-    pub(super) fn stream(&self, id: u32) -> Option<(Feed, Inbound, Outbound)> {
+    pub(super) fn stream(&self, id: u32) -> Option<(Feed, StreamWatch, Inbound, Outbound)> {
         let slot = Arc::new(Arc::clone(&self.slots).try_acquire_owned().ok()?);
         let (sender, events) = mpsc::channel(INBOUND_CHUNKS);
+        let reset = CancellationToken::new();
         let feed = Feed { events: sender, budget: Arc::clone(&self.budget), budget_size: self.budget_size };
-        let inbound = Inbound { events, finished: false, _slot: Some(Arc::clone(&slot)) };
-        let outbound = Outbound { id, commands: self.commands.clone(), open: true, _slot: Some(slot) };
-        Some((feed, inbound, outbound))
+        let watch = StreamWatch { reset: reset.clone(), slot: Arc::downgrade(&slot) };
+        let inbound = Inbound { events, finished: false, _slot: Arc::clone(&slot) };
+        let outbound = Outbound { id, commands: self.commands.clone(), open: true, reset, _slot: slot };
+        Some((feed, watch, inbound, outbound))
     }
 
     /// Queues a command that belongs to no open stream.

@@ -22,8 +22,7 @@ use super::{
 /// Protocols over SPDY.
 pub const SPDY_PROTOCOLS: &[&str] = &["portforward.k8s.io"];
 /// Protocols over WebSocket; the empty one stands for a client that names none.
-pub const WEBSOCKET_PROTOCOLS: &[&str] =
-    &["", "v4.channel.k8s.io", "v4.base64.channel.k8s.io", TUNNEL_PROTOCOL];
+pub const WEBSOCKET_PROTOCOLS: &[&str] = &["", "v4.channel.k8s.io", "v4.base64.channel.k8s.io", TUNNEL_PROTOCOL];
 /// The WebSocket protocol that tunnels SPDY.
 pub const TUNNEL_PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";
 
@@ -268,6 +267,7 @@ impl Pair {
     async fn copy(&mut self, connection: PodConnection) -> io::Result<()> {
         let (mut from_pod, mut to_pod) = tokio::io::split(connection);
         let activity = Activity::new();
+        let reset = self.data.was_reset();
         let (inbound, outbound) = (&mut self.inbound, &mut self.data);
         let upload = async {
             while let Some(data) = inbound.recv().await.map_err(|Broken| End::ClientGone)? {
@@ -289,16 +289,23 @@ impl Pair {
             }
         };
         // Both at once: a side that waits for the other to read must not keep us from reading.
-        tokio::pin!(upload, download);
+        let both = async {
+            tokio::pin!(upload, download);
+            tokio::select! {
+                end = &mut upload => match end {
+                    Ok(()) => half_closed(&activity, download).await,
+                    end => end,
+                },
+                end = &mut download => match end {
+                    Ok(()) => half_closed(&activity, upload).await,
+                    end => end,
+                },
+            }
+        };
         let end = tokio::select! {
-            end = &mut upload => match end {
-                Ok(()) => half_closed(&activity, download).await,
-                end => end,
-            },
-            end = &mut download => match end {
-                Ok(()) => half_closed(&activity, upload).await,
-                end => end,
-            },
+            end = both => end,
+            // Clients reset the data stream when they are done with a connection, and wait for the error stream.
+            () = reset => Err(End::ClientGone),
         };
         match end {
             Err(End::Failed(error)) => Err(error),
@@ -371,7 +378,12 @@ mod tests {
         client
     }
 
-    async fn open_pair(client: &mut Client<impl AsyncRead + AsyncWrite + Unpin>, first: u32, port: &str, request: &str) {
+    async fn open_pair(
+        client: &mut Client<impl AsyncRead + AsyncWrite + Unpin>,
+        first: u32,
+        port: &str,
+        request: &str,
+    ) {
         let mut common = vec![("port", port)];
         if !request.is_empty() {
             common.push(("requestID", request));

@@ -4,7 +4,9 @@
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
-    header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE},
+    header::{
+        CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
+    },
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
@@ -103,7 +105,10 @@ fn first_common(wanted: &[&str], offered: &'static [&'static str]) -> Option<&'s
 
 fn negotiate_spdy(headers: &HeaderMap, offered: &'static [&'static str]) -> Result<Upgrade, Refusal> {
     if !headers.contains_key(&STREAM_PROTOCOL) {
-        let message = format!("unable to upgrade: header X-Stream-Protocol-Version does not exist in request with {} headers", headers.keys_len());
+        let message = format!(
+            "unable to upgrade: header X-Stream-Protocol-Version does not exist in request with {} headers",
+            headers.keys_len()
+        );
         return Err(Refusal::new(StatusCode::BAD_REQUEST, message));
     }
     let wanted = listed(headers, &STREAM_PROTOCOL);
@@ -112,7 +117,9 @@ fn negotiate_spdy(headers: &HeaderMap, offered: &'static [&'static str]) -> Resu
         return Err(Refusal::new(StatusCode::BAD_REQUEST, message));
     }
     let Some(protocol) = first_common(&wanted, offered) else {
-        let message = format!("unable to upgrade: unable to negotiate protocol: client supports {wanted:?}, server accepts {offered:?}");
+        let message = format!(
+            "unable to upgrade: unable to negotiate protocol: client supports {wanted:?}, server accepts {offered:?}"
+        );
         let mut refusal = Refusal::new(StatusCode::FORBIDDEN, message);
         let accepted = offered.iter().map(|name| (ACCEPTED_STREAM_PROTOCOLS, HeaderValue::from_static(name)));
         refusal.headers.extend(accepted);
@@ -196,11 +203,15 @@ mod tests {
     fn spdy_refusals() {
         let upgrade = [("connection", "Upgrade"), ("upgrade", "SPDY/3.1")];
         assert_eq!(refused(&upgrade).status, StatusCode::BAD_REQUEST);
-        assert_eq!(refused(&[upgrade[0], upgrade[1], ("x-stream-protocol-version", " , ")]).status, StatusCode::BAD_REQUEST);
+        assert_eq!(
+            refused(&[upgrade[0], upgrade[1], ("x-stream-protocol-version", " , ")]).status,
+            StatusCode::BAD_REQUEST
+        );
         assert_eq!(refused(&[("x-stream-protocol-version", "channel.k8s.io")]).status, StatusCode::BAD_REQUEST);
         let forbidden = refused(&[upgrade[0], upgrade[1], ("x-stream-protocol-version", "v5.channel.k8s.io")]);
         assert_eq!(forbidden.status, StatusCode::FORBIDDEN);
-        let accepted: Vec<_> = forbidden.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
+        let accepted: Vec<_> =
+            forbidden.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
         let name = "x-accepted-stream-protocol-versions";
         assert_eq!(accepted, [(name, &b"v4.channel.k8s.io"[..]), (name, b"channel.k8s.io")]);
     }

@@ -68,9 +68,17 @@ impl LogOptions {
             Some(value) if !value.is_empty() => Some(value.parse::<i64>().map_err(|_| undecodable("tail", value))?),
             _ => integer("tailLines")?,
         };
-        let tail_lines = tail.map(u64::try_from).transpose().map_err(|_| OptionsError::Invalid("tailLines: must be greater than or equal to 0"))?;
+        let tail_lines = tail
+            .map(u64::try_from)
+            .transpose()
+            .map_err(|_| OptionsError::Invalid("tailLines: must be greater than or equal to 0"))?;
         let limit = integer("limitBytes")?;
-        let limit_bytes = limit.map(|limit| u64::try_from(limit).ok().filter(|limit| *limit > 0).ok_or(OptionsError::Invalid("limitBytes: must be greater than 0")));
+        let limit_bytes = limit.map(|limit| {
+            u64::try_from(limit)
+                .ok()
+                .filter(|limit| *limit > 0)
+                .ok_or(OptionsError::Invalid("limitBytes: must be greater than 0"))
+        });
         let since_time = get("sinceTime")
             .filter(|value| !value.is_empty())
             .map(|value| value.parse::<Timestamp>().map_err(|_| undecodable("sinceTime", value)))

@@ -204,7 +204,8 @@ impl LogReader {
                 let later = |file: &LogFile| file.rotated.is_none() || file.rotated > self.last_rotation;
                 let mut place = all.iter().position(later).unwrap_or(all.len());
                 // Ours may have been compressed meanwhile: then it is the first of them, under another identity.
-                if let (Some(Source { content: Content::Plain(file), .. }), Some(candidate)) = (finished, all.get(place))
+                if let (Some(Source { content: Content::Plain(file), .. }), Some(candidate)) =
+                    (finished, all.get(place))
                     && candidate.gzip
                     && candidate.fingerprint()? == fingerprint(file)?
                 {
@@ -386,7 +387,9 @@ not a record
     fn long_lines_pass_in_pieces_and_the_last_may_be_unfinished() {
         let directory = tempfile::tempdir().expect("dir");
         let long = "x".repeat(3 * BUFFER + 17);
-        let log = format!("2024-01-01T00:00:01Z stdout P {long}\n2024-01-01T00:00:01Z stdout F {long}\n{long}\n2024-01-01T00:00:01Z stdout F end");
+        let log = format!(
+            "2024-01-01T00:00:01Z stdout P {long}\n2024-01-01T00:00:01Z stdout F {long}\n{long}\n2024-01-01T00:00:01Z stdout F end"
+        );
         std::fs::write(directory.path().join("0.log"), log).expect("write");
         assert_eq!(read(directory.path(), &LogOptions::default()), format!("{long}{long}\nend"));
     }

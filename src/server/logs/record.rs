@@ -80,7 +80,8 @@ impl Since {
 
 /// Appends a time as the kubelet prints it: with nine digits of fraction, in the zone in which it is written.
 pub fn push_time(time: &[u8], out: &mut Vec<u8>) {
-    let zone = time.iter().skip(19).position(|byte| matches!(byte, b'Z' | b'+' | b'-')).map_or(time.len(), |at| at + 19);
+    let zone =
+        time.iter().skip(19).position(|byte| matches!(byte, b'Z' | b'+' | b'-')).map_or(time.len(), |at| at + 19);
     let (local, zone) = time.split_at(zone);
     let (seconds, fraction) = local.split_at(local.len().min(19));
     let digits = fraction.strip_prefix(b".").unwrap_or(fraction);
@@ -108,7 +109,12 @@ mod tests {
         assert_eq!((found.stderr, found.partial, found.length), (true, false, line.len()));
         let odd: &[u8] = b"2016-10-06T02:17:09.669794202+02:00 stderr P:y text";
         assert!(head(odd).expect("head").partial);
-        for bad in [&b""[..], b"stdout F x", b"2016-10-06T00:17:09.669794202Z stdlog F x", b"2016-10-06T00:17:09.669794202Z stdout F"] {
+        for bad in [
+            &b""[..],
+            b"stdout F x",
+            b"2016-10-06T00:17:09.669794202Z stdlog F x",
+            b"2016-10-06T00:17:09.669794202Z stdout F",
+        ] {
             assert_eq!(head(bad), None, "{}", String::from_utf8_lossy(bad));
         }
     }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::stream::{
     CLOSE_TIMEOUT, Limits,
-    mux::{Activity, Broken, Closer, Command, Feed, Hub, Inbound, MAX_CHUNK, Outbound},
+    mux::{Activity, Broken, Closer, Command, Feed, Hub, Inbound, MAX_CHUNK, Outbound, StreamWatch},
 };
 
 /// Streams opened by the client and not looked at yet.
@@ -68,10 +68,7 @@ impl Accepted {
 
 /// Serves SPDY on `io`: the streams that the client opens, and the future that drives the connection. Dropping
 /// the future closes the connection at once.
-pub(in crate::stream) fn connection<T>(
-    io: T,
-    limits: Limits,
-) -> (Accepted, impl Future<Output = io::Result<()>> + Send)
+pub(in crate::stream) fn connection<T>(io: T, limits: Limits) -> (Accepted, impl Future<Output = io::Result<()>> + Send)
 where
     T: AsyncRead + AsyncWrite + Send + Unpin,
 {
@@ -95,7 +92,7 @@ where
     let (mut read, mut write) = tokio::io::split(io);
     let mut reader = Reader {
         decoder: Decoder::new(limits.max_header_bytes),
-        feeds: HashMap::new(),
+        streams: HashMap::new(),
         next_id: 1,
         incoming: Some(incoming),
         hub,
@@ -127,9 +124,16 @@ where
     Ok(())
 }
 
+/// The reader's part of a stream.
+struct Stream {
+    /// Until the client finishes its direction.
+    feed: Option<Feed>,
+    watch: StreamWatch,
+}
+
 struct Reader {
     decoder: Decoder,
-    feeds: HashMap<u32, Feed>,
+    streams: HashMap<u32, Stream>,
     next_id: u32,
     incoming: Option<mpsc::Sender<Incoming>>,
     hub: Hub,
@@ -170,13 +174,17 @@ impl Reader {
             }
             Frame::Data { id, data, fin, .. } => {
                 // Data for a stream that is finished or was reset crosses with our reset: it is dropped.
-                if let Some(feed) = self.feeds.get(&id) {
+                if let Some(Stream { feed: Some(feed), .. }) = self.streams.get(&id) {
                     feed.data(data).await;
                 }
                 self.finish_if(fin, id).await;
             }
             Frame::Headers { id, fin, .. } | Frame::SynReply { id, fin, .. } => self.finish_if(fin, id).await,
-            Frame::RstStream { id, .. } => drop(self.feeds.remove(&id)),
+            Frame::RstStream { id, .. } => {
+                if let Some(stream) = self.streams.remove(&id) {
+                    stream.watch.reset();
+                }
+            }
             // Ours would be even; we send none, so an even one answers nothing.
             Frame::Ping(id) if id % 2 == 1 => self.hub.command(Command::Pong(id)).await?,
             Frame::GoAway { .. } => drop(self.incoming.take()),
@@ -186,28 +194,29 @@ impl Reader {
     }
 
     async fn finish_if(&mut self, fin: bool, id: u32) {
-        if fin && let Some(feed) = self.feeds.remove(&id) {
+        if fin && let Some(feed) = self.streams.get_mut(&id).and_then(|stream| stream.feed.take()) {
             feed.finish().await;
         }
     }
 
     async fn open(&mut self, id: u32, headers: Headers, fin: bool, unidirectional: bool) -> Result<(), Broken> {
         let Some(incoming) = &self.incoming else { return Ok(()) };
-        if id % 2 == 0 || id < self.next_id {
+        if id.is_multiple_of(2) || id < self.next_id {
             return self.hub.command(Command::Reset(id, status::PROTOCOL_ERROR)).await;
         }
         self.next_id = id.saturating_add(2);
-        // Streams whose consumer is gone need no feed any more.
-        self.feeds.retain(|_, feed| !feed.is_abandoned());
-        let Some((feed, inbound, outbound)) = self.hub.stream(id) else {
+        self.streams.retain(|_, stream| !stream.watch.is_over());
+        let Some((feed, watch, inbound, outbound)) = self.hub.stream(id) else {
             return self.hub.command(Command::Reset(id, status::REFUSED_STREAM)).await;
         };
         let outbound = if unidirectional { outbound.closed() } else { outbound };
-        if fin {
+        let feed = if fin {
             feed.finish().await;
+            None
         } else {
-            self.feeds.insert(id, feed);
-        }
+            Some(feed)
+        };
+        self.streams.insert(id, Stream { feed, watch });
         let stream = Incoming { id, headers, inbound, outbound };
         if incoming.send(stream).await.is_err() {
             // Nobody takes streams any more; the connection is about to be closed.
@@ -318,6 +327,22 @@ mod tests {
         assert_eq!(inbound.recv().await, Err(Broken));
         client.open(1, &[("streamType", "again")]).await;
         assert_eq!(client.frame().await, Some(Frame::RstStream { id: 1, status: status::PROTOCOL_ERROR }));
+    }
+
+    #[tokio::test]
+    async fn a_reset_after_the_clients_end_stops_the_way_back() {
+        let (mut client, mut accepted, _driver) = pair(Limits::default());
+        client.open(1, &[("streamType", "data")]).await;
+        let (mut inbound, mut outbound) = accepted.next().await.expect("stream").accept().await.expect("accept");
+        client.frame().await.expect("reply");
+        client.data(1, b"", true).await;
+        assert_eq!(inbound.recv().await, Ok(None));
+        outbound.send(Bytes::from_static(b"still open")).await.expect("send");
+        let mut out = BytesMut::new();
+        frame::rst_stream(1, status::CANCEL, &mut out);
+        client.io.write_all(&out).await.expect("write");
+        tokio::time::timeout(Duration::from_secs(5), outbound.was_reset()).await.expect("told");
+        assert_eq!(outbound.send(Bytes::from_static(b"lost")).await, Err(Broken));
     }
 
     #[tokio::test]

@@ -10,12 +10,12 @@ mod headers;
 #[cfg(test)]
 pub(in crate::stream) mod testing;
 
+pub(super) use self::{connection::connection, frame::status};
 pub use self::{
     connection::{Accepted, Incoming},
     frame::{Decoder, Frame, FrameError},
     headers::Headers,
 };
-pub(super) use self::{connection::connection, frame::status};
 
 /// Decodes `bytes` as what a client might send, in one piece and byte by byte, and requires the same outcome.
 /// For fuzzing: no input may panic, loop, or allocate more than the decoder's bound.
@@ -44,8 +44,10 @@ fn decode_all<'a>(chunks: impl Iterator<Item = &'a [u8]>) -> (Vec<Frame>, Option
 }
 
 fn join(frames: &mut Vec<Frame>, frame: Frame) {
-    if let (Some(Frame::Data { id, data, fin, more: more @ true }), Frame::Data { data: tail, fin: end, more: open, .. }) =
-        (frames.last_mut(), &frame)
+    if let (
+        Some(Frame::Data { id, data, fin, more: more @ true }),
+        Frame::Data { data: tail, fin: end, more: open, .. },
+    ) = (frames.last_mut(), &frame)
     {
         let _ = id;
         *data = [&data[..], &tail[..]].concat().into();

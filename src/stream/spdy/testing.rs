@@ -130,7 +130,8 @@ impl Frames {
 
     /// Where in the order the first payload of a stream stands.
     pub(in crate::stream) fn payload_position(&self, stream: u32) -> usize {
-        let is_payload = |frame: &Frame| matches!(frame, Frame::Data { id, data, .. } if *id == stream && !data.is_empty());
+        let is_payload =
+            |frame: &Frame| matches!(frame, Frame::Data { id, data, .. } if *id == stream && !data.is_empty());
         self.0.iter().position(is_payload).expect("no payload")
     }
 }
