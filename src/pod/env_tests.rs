@@ -90,10 +90,11 @@ fn sources<'a>(
 
 async fn environment(container: Value, links: bool) -> Result<BTreeMap<String, String>, EnvError> {
     let api = FakeApi::new();
-    let object = |kind: &str, name: &str, data: Value| {
-        json!({"apiVersion": "v1", "kind": kind, "metadata": {"namespace": "ns", "name": name}, "data": data})
-    };
-    api.put("/api/v1/namespaces/ns/configmaps", &object("ConfigMap", "cm", json!({"a": "cm-a", "b": "cm-b", "odd.name": "o"})));
+    let object = |kind: &str, name: &str, data: Value| json!({"apiVersion": "v1", "kind": kind, "metadata": {"namespace": "ns", "name": name}, "data": data});
+    api.put(
+        "/api/v1/namespaces/ns/configmaps",
+        &object("ConfigMap", "cm", json!({"a": "cm-a", "b": "cm-b", "odd.name": "o"})),
+    );
     api.put("/api/v1/namespaces/ns/secrets", &object("Secret", "sec", json!({"a": "c2VjLWE="})));
     api.put("/api/v1/namespaces/ns/secrets", &object("Secret", "bin", json!({"a": "/w==", "nul": "AA=="})));
     for (namespace, name, ip) in [("default", "kubernetes", "10.0.0.1"), ("ns", "db", "10.0.0.2")] {
@@ -205,7 +206,8 @@ async fn a_static_pod_does_not_wait_for_services() {
     let (objects, services) = (ObjectCache::standalone(), ServiceCache::new(api.client()));
     let container = &pod.spec.as_ref().unwrap().containers[0];
     let context = FieldContext::default();
-    let env = make_environment(&pod, container.into(), &context, sources(&objects, &services, &|_| None)).await.unwrap();
+    let env =
+        make_environment(&pod, container.into(), &context, sources(&objects, &services, &|_| None)).await.unwrap();
     assert_eq!(env, [("A".to_owned(), "1".to_owned())].into());
 }
 

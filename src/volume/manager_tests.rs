@@ -81,7 +81,14 @@ async fn mounts_every_kind_where_kubelet_does_and_takes_all_down() {
     for _ in 0..2 {
         let mounted = node.manager.mount(&pod, &context()).await.unwrap();
         assert_eq!(mounted.len(), 6);
-        assert_eq!(mounted["cm"], MountedVolume { path: node.path("kubernetes.io~configmap/cm"), read_only: true, kind: VolumeKind::ConfigMap });
+        assert_eq!(
+            mounted["cm"],
+            MountedVolume {
+                path: node.path("kubernetes.io~configmap/cm"),
+                read_only: true,
+                kind: VolumeKind::ConfigMap
+            }
+        );
         assert!(!mounted["disk"].read_only && mounted["proj"].read_only);
         for (path, content) in [
             ("kubernetes.io~configmap/cm/a", "1"),
@@ -97,7 +104,14 @@ async fn mounts_every_kind_where_kubelet_does_and_takes_all_down() {
         assert_eq!(mode("kubernetes.io~secret/sec/s"), 0o440);
         assert_eq!(mode("kubernetes.io~projected/proj/token"), 0o640);
         assert_eq!(mode("kubernetes.io~empty-dir/disk"), 0o2777);
-        for (path, is) in [("secret/sec", true), ("projected/proj", true), ("downward-api/down", true), ("empty-dir/mem", true), ("configmap/cm", false), ("empty-dir/disk", false)] {
+        for (path, is) in [
+            ("secret/sec", true),
+            ("projected/proj", true),
+            ("downward-api/down", true),
+            ("empty-dir/mem", true),
+            ("configmap/cm", false),
+            ("empty-dir/disk", false),
+        ] {
             assert_eq!(mounts::is_mount_point(&node.path(&format!("kubernetes.io~{path}"))).unwrap(), is, "{path}");
         }
     }
@@ -165,8 +179,14 @@ async fn failures_name_each_volume_and_the_others_are_mounted() {
     let VolumeError::SetUp(failures) = node.manager.mount(&pod, &context()).await.unwrap_err() else { panic!() };
     let texts: Vec<String> = failures.iter().map(ToString::to_string).collect();
     assert_eq!(texts[0], "MountVolume.SetUp failed for volume \"a\" : configmap \"none\" not found");
-    assert!(texts[1].starts_with("MountVolume.SetUp failed for volume \"c\" : this node cannot mount volumes of kind persistentVolumeClaim"));
-    assert!(texts[2].contains("[secret \"none\" not found, projected.sources[].clusterTrustBundle is not supported"), "{}", texts[2]);
+    assert!(texts[1].starts_with(
+        "MountVolume.SetUp failed for volume \"c\" : this node cannot mount volumes of kind persistentVolumeClaim"
+    ));
+    assert!(
+        texts[2].contains("[secret \"none\" not found, projected.sources[].clusterTrustBundle is not supported"),
+        "{}",
+        texts[2]
+    );
     assert!(texts[3].contains("hostPath type check failed"));
     assert!(texts[4].contains("volumes[].image \"img\""));
     assert_eq!(texts.len(), 5);
@@ -189,7 +209,8 @@ async fn host_data_survives() {
     let node = Node::new();
     let precious = node.scratch.dir("precious");
     fs::write(precious.join("data"), "keep").unwrap();
-    let volumes = json!([{"name": "h", "hostPath": {"path": precious.to_str().unwrap()}}, {"name": "e", "emptyDir": {}}]);
+    let volumes =
+        json!([{"name": "h", "hostPath": {"path": precious.to_str().unwrap()}}, {"name": "e", "emptyDir": {}}]);
     let pod = node.pod(volumes, json!({"fsGroup": 99}));
     let mounted = node.manager.mount(&pod, &context()).await.unwrap();
     assert_eq!((mounted["h"].path.as_path(), mounted["h"].read_only), (precious.as_path(), false));
@@ -205,7 +226,13 @@ async fn host_data_survives() {
 struct Images;
 
 impl ImageVolumes for Images {
-    fn mount<'a>(&'a self, _: &'a Pod, volume: &'a str, source: &'a ImageVolumeSource, target: PathBuf) -> BoxFuture<'a, Result<PathBuf, String>> {
+    fn mount<'a>(
+        &'a self,
+        _: &'a Pod,
+        volume: &'a str,
+        source: &'a ImageVolumeSource,
+        target: PathBuf,
+    ) -> BoxFuture<'a, Result<PathBuf, String>> {
         Box::pin(async move {
             assert_eq!((volume, source.reference.as_deref()), ("i", Some("img")));
             mounts::mount_tmpfs(&target, None).map_err(|error| error.to_string())?;
@@ -222,7 +249,8 @@ impl ImageVolumes for Images {
 async fn image_volumes_go_through_the_seam() {
     let node = Node::new();
     let config = VolumeConfig { root_dir: node.scratch.0.path().to_owned() };
-    let manager = VolumeManager::new(config, node.objects.clone(), Arc::new(TokenManager::standalone())).with_image_volumes(Arc::new(Images));
+    let manager = VolumeManager::new(config, node.objects.clone(), Arc::new(TokenManager::standalone()))
+        .with_image_volumes(Arc::new(Images));
     let pod = node.pod(json!([{"name": "i", "image": {"reference": "img"}}]), json!({}));
     let mounted = manager.mount(&pod, &context()).await.unwrap();
     assert!(mounted["i"].read_only && mounts::is_mount_point(&mounted["i"].path).unwrap());
