@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
-use kube::runtime::watcher::{self, Event};
 use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch_objects};
 use kube::{Api, Client};
 use tokio::sync::{broadcast, watch};
@@ -149,7 +149,10 @@ enum State {
     /// Not read yet, with what went wrong at the last try.
     Pending(Option<ObjectError>),
     Missing,
-    Found { object: Object, version: Option<String> },
+    Found {
+        object: Object,
+        version: Option<String>,
+    },
 }
 
 /// What a Slot, its watch and its readers share.
@@ -320,14 +323,11 @@ impl ObjectCache {
         let state = read.unwrap_or_else(|| states.borrow().clone());
         match state {
             State::Found { object, .. } => Ok(object),
-            State::Missing => {
-                Err(ObjectError::NotFound { kind, namespace: key.namespace, name: key.name })
-            }
+            State::Missing => Err(ObjectError::NotFound { kind, namespace: key.namespace, name: key.name }),
             State::Pending(Some(error)) => Err(error),
-            State::Pending(None) => Err(ObjectError::Unavailable {
-                kind,
-                reason: "timed out waiting for the condition".to_owned(),
-            }),
+            State::Pending(None) => {
+                Err(ObjectError::Unavailable { kind, reason: "timed out waiting for the condition".to_owned() })
+            }
         }
     }
 
@@ -412,12 +412,7 @@ impl Backoff for Retry {
 }
 
 /// Watches one object until it is immutable or nobody has wanted it for `idle`.
-async fn follow<K: Cached>(
-    client: Client,
-    shared: Arc<Shared>,
-    changes: broadcast::Sender<ObjectKey>,
-    idle: Duration,
-) {
+async fn follow<K: Cached>(client: Client, shared: Arc<Shared>, changes: broadcast::Sender<ObjectKey>, idle: Duration) {
     let api: Api<K> = Api::namespaced(client, &shared.key.namespace);
     loop {
         let config = watcher::Config::default().fields(&format!("metadata.name={}", shared.key.name));

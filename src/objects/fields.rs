@@ -6,9 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use k8s_openapi::api::core::v1::{
-    Container, ObjectFieldSelector, Pod, ResourceFieldSelector, ResourceRequirements,
-};
+use k8s_openapi::api::core::v1::{Container, ObjectFieldSelector, Pod, ResourceFieldSelector, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::resources::quantity::{self, InvalidQuantity};
@@ -91,11 +89,9 @@ pub fn env_field(pod: &Pod, selector: &ObjectFieldSelector, context: &FieldConte
     }
     let host_ip = || context.host_ips.first().ok_or(FieldError::NoHostIp);
     Ok(match path {
-        "spec.nodeName" | "spec.host" => pod
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.node_name.clone())
-            .unwrap_or_else(|| context.node_name.clone()),
+        "spec.nodeName" | "spec.host" => {
+            pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_else(|| context.node_name.clone())
+        }
         "spec.serviceAccountName" => {
             pod.spec.as_ref().and_then(|spec| spec.service_account_name.clone()).unwrap_or_default()
         }
@@ -298,7 +294,8 @@ fn extract<'a>(
     };
     let unit = if resource == "cpu" { quantity::milli_value } else { quantity::value };
     let one = Quantity("1".to_owned());
-    let divisor = selector.divisor.as_ref().filter(|divisor| !divisor.0.is_empty() && !is_zero(divisor)).unwrap_or(&one);
+    let divisor =
+        selector.divisor.as_ref().filter(|divisor| !divisor.0.is_empty() && !is_zero(divisor)).unwrap_or(&one);
     let amount = quantity.map_or(Ok(0), unit)?;
     let by = unit(divisor)?;
     if by <= 0 {
@@ -383,7 +380,10 @@ mod tests {
     #[test]
     fn refuses_other_fields_by_name() {
         assert_eq!(field("status.qosClass").unwrap_err().to_string(), "field label not supported: status.qosClass");
-        assert_eq!(field("spec.x['y']").unwrap_err().to_string(), "field label does not support subscript: spec.x['y']");
+        assert_eq!(
+            field("spec.x['y']").unwrap_err().to_string(),
+            "field label does not support subscript: spec.x['y']"
+        );
         assert!(matches!(field("metadata.labels['-bad']"), Err(FieldError::Key { .. })));
         assert!(matches!(field("metadata.labels['Bad.Prefix/x']"), Err(FieldError::Key { .. })));
         assert!(matches!(field("metadata.labels['']"), Err(FieldError::Key { .. })));

@@ -15,7 +15,7 @@ mod services;
 mod tokens;
 
 #[cfg(test)]
-mod fake_api;
+pub(crate) mod fake_api;
 
 pub use cache::{CacheOptions, ObjectCache, ObjectError, SecretObject};
 pub use fields::{

@@ -44,7 +44,8 @@ pub type References = BTreeMap<ObjectKey, bool>;
 /// Collects the references of `pod`.
 #[must_use]
 pub fn references(pod: &Pod) -> References {
-    let mut found = Collector { namespace: pod.metadata.namespace.as_deref().unwrap_or("default"), found: BTreeMap::new() };
+    let mut found =
+        Collector { namespace: pod.metadata.namespace.as_deref().unwrap_or("default"), found: BTreeMap::new() };
     let Some(spec) = &pod.spec else { return found.found };
     for secret in spec.image_pull_secrets.iter().flatten() {
         found.add(ObjectKind::Secret, &secret.name, false);
@@ -128,11 +129,19 @@ mod tests {
                     {"name": "v3", "projected": {"sources": [{"configMap": {"name": "pcm"}}, {"secret": {"name": "psec"}}]}}]
             }
         })).unwrap();
-        let found: Vec<(String, bool)> =
-            references(&pod).into_iter().map(|(key, live)| (format!("{}/{}/{}", key.kind, key.namespace, key.name), live)).collect();
+        let found: Vec<(String, bool)> = references(&pod)
+            .into_iter()
+            .map(|(key, live)| (format!("{}/{}/{}", key.kind, key.namespace, key.name), live))
+            .collect();
         let expected = [
-            ("configmap/ns/both", true), ("configmap/ns/debug", false), ("configmap/ns/from", false), ("configmap/ns/pcm", true),
-            ("secret/ns/fromsecret", false), ("secret/ns/key", false), ("secret/ns/psec", true), ("secret/ns/pull", false),
+            ("configmap/ns/both", true),
+            ("configmap/ns/debug", false),
+            ("configmap/ns/from", false),
+            ("configmap/ns/pcm", true),
+            ("secret/ns/fromsecret", false),
+            ("secret/ns/key", false),
+            ("secret/ns/psec", true),
+            ("secret/ns/pull", false),
             ("secret/ns/vol", true),
         ];
         assert_eq!(found, expected.map(|(key, live)| (key.to_owned(), live)));

@@ -131,10 +131,7 @@ fn write(links: &RwLock<Links>) -> std::sync::RwLockWriteGuard<'_, Links> {
 }
 
 fn identity(service: &Service) -> (&str, &str) {
-    (
-        service.metadata.namespace.as_deref().unwrap_or("default"),
-        service.metadata.name.as_deref().unwrap_or_default(),
-    )
+    (service.metadata.namespace.as_deref().unwrap_or("default"), service.metadata.name.as_deref().unwrap_or_default())
 }
 
 fn apply(links: &mut Links, service: &Service) {

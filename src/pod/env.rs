@@ -53,7 +53,9 @@ pub enum EnvError {
         name: String,
     },
     /// The value cannot be in an environment.
-    #[error("the value of environment variable {0:?} is no UTF-8 text or has a NUL byte; mount the key as a file instead")]
+    #[error(
+        "the value of environment variable {0:?} is no UTF-8 text or has a NUL byte; mount the key as a file instead"
+    )]
     NotText(String),
     /// `fileKeyRef.volumeName` is not mounted.
     #[error("cannot find the volume {0:?} referenced by FileKeyRef")]
@@ -248,7 +250,8 @@ impl Builder<'_> {
             name: name.to_owned(),
         };
         if let Some(selector) = &source.config_map_key_ref {
-            let (optional, error) = (selector.optional.unwrap_or_default(), missing("ConfigMap", &selector.name, &selector.key));
+            let (optional, error) =
+                (selector.optional.unwrap_or_default(), missing("ConfigMap", &selector.name, &selector.key));
             let Some(object) = self.config_map(&selector.name, optional).await? else { return Ok(None) };
             return match object.data.as_ref().and_then(|data| data.get(&selector.key)) {
                 Some(value) => Ok(Some(value.clone())),
@@ -257,7 +260,8 @@ impl Builder<'_> {
             };
         }
         if let Some(selector) = &source.secret_key_ref {
-            let (optional, error) = (selector.optional.unwrap_or_default(), missing("Secret", &selector.name, &selector.key));
+            let (optional, error) =
+                (selector.optional.unwrap_or_default(), missing("Secret", &selector.name, &selector.key));
             let Some(object) = self.secret(&selector.name, optional).await? else { return Ok(None) };
             return match object.data.get(&selector.key) {
                 Some(value) => text(variable, value).map(Some),
@@ -266,12 +270,12 @@ impl Builder<'_> {
             };
         }
         match &source.file_key_ref {
-            Some(selector) => self.from_file(selector).await,
+            Some(selector) => self.file_value(selector).await,
             None => Ok(Some(String::new())),
         }
     }
 
-    async fn from_file(&self, selector: &FileKeySelector) -> Result<Option<String>, EnvError> {
+    async fn file_value(&self, selector: &FileKeySelector) -> Result<Option<String>, EnvError> {
         let volume = (self.sources.volume_path)(&selector.volume_name)
             .ok_or_else(|| EnvError::NoVolume(selector.volume_name.clone()))?;
         let (path, key) = (selector.path.clone(), selector.key.clone());
@@ -302,7 +306,8 @@ fn read_env_file(volume: &Path, path: &str, key: &str) -> Result<Option<String>,
     let root = root.map_err(|error| format!("open volume: {error}"))?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let file = rustix::fs::openat2(root, path, flags, Mode::empty(), resolve).map_err(|error| format!("open: {error}"))?;
+    let file =
+        rustix::fs::openat2(root, path, flags, Mode::empty(), resolve).map_err(|error| format!("open: {error}"))?;
     let stat = rustix::fs::fstat(&file).map_err(|error| format!("stat: {error}"))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err("not a regular file".to_owned());

@@ -136,7 +136,10 @@ fn clean(payload: &Payload) -> Result<BTreeMap<String, &FileProjection>, AtomicW
     for path in cleaned.keys() {
         let mut parents = path.match_indices('/').map(|(end, _)| &path[..end]);
         if let Some(parent) = parents.find(|parent| cleaned.contains_key(*parent)) {
-            return Err(AtomicWriteError::Path { path: parent.to_owned(), reason: "must not be a file and a directory" });
+            return Err(AtomicWriteError::Path {
+                path: parent.to_owned(),
+                reason: "must not be a file and a directory",
+            });
         }
     }
     Ok(cleaned)
@@ -148,7 +151,12 @@ fn is_current(directory: &Path, payload: &BTreeMap<String, &FileProjection>) -> 
         match fs::read(directory.join(path)) {
             Ok(data) if data == file.data => {}
             Ok(_) => return Ok(false),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory
+                ) =>
+            {
                 return Ok(false);
             }
             Err(error) => return Err(io_error("read", &directory.join(path))(error)),
@@ -312,7 +320,11 @@ mod tests {
 
     fn data_directories(target: &Path) -> usize {
         let names = fs::read_dir(target).unwrap().map(|entry| entry.unwrap());
-        names.filter(|entry| entry.file_type().unwrap().is_dir() && entry.file_name().to_str().unwrap().starts_with("..")).count()
+        names
+            .filter(|entry| {
+                entry.file_type().unwrap().is_dir() && entry.file_name().to_str().unwrap().starts_with("..")
+            })
+            .count()
     }
 
     #[test]
@@ -327,7 +339,10 @@ mod tests {
         assert!(data.to_str().unwrap().starts_with("..20"), "{data:?}");
         assert_eq!(fs::read_link(target.join("a")).unwrap(), Path::new("..data/a"));
         assert_eq!(fs::read_link(target.join("k")).unwrap(), Path::new("..data/k"));
-        assert_eq!(visible(target), [("a", "1"), ("k/b", "2"), ("k/c/d", "3")].map(|(k, v)| (k.into(), v.into())).into());
+        assert_eq!(
+            visible(target),
+            [("a", "1"), ("k/b", "2"), ("k/c/d", "3")].map(|(k, v)| (k.into(), v.into())).into()
+        );
         let a = fs::metadata(target.join("a")).unwrap();
         assert_eq!((a.mode() & 0o7777, a.uid()), (0o400, 1234));
         assert_eq!(fs::symlink_metadata(target.join("a")).unwrap().uid(), 1234);
@@ -383,9 +398,8 @@ mod tests {
 
     fn any_payload() -> impl Strategy<Value = Payload> {
         let path = prop::sample::select(vec!["a", "b", "c", "d/x", "d/y", "e/f/g", "e/f/h", "e/i"]);
-        prop::collection::btree_map(path, "[a-c]{0,2}", 0..6).prop_map(|files| {
-            files.into_iter().map(|(path, data)| (path.to_owned(), file(&data, 0o644))).collect()
-        })
+        prop::collection::btree_map(path, "[a-c]{0,2}", 0..6)
+            .prop_map(|files| files.into_iter().map(|(path, data)| (path.to_owned(), file(&data, 0o644))).collect())
     }
 
     proptest! {

@@ -187,7 +187,8 @@ const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICL
 /// an `fsGroup`. Nothing is made outside of the volume, whatever links are in it.
 fn make_sub_path(volume: &Path, sub_path: &Path) -> rustix::io::Result<()> {
     let root = rustix::fs::openat(CWD, volume, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let open = |path: &Path, flags: OFlags| rustix::fs::openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), INSIDE);
+    let open =
+        |path: &Path, flags: OFlags| rustix::fs::openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), INSIDE);
     match open(sub_path, OFlags::PATH) {
         Ok(_) => return Ok(()),
         Err(Errno::NOENT) => {}
@@ -242,7 +243,8 @@ mod tests {
         mount["name"] = json!("v");
         mount["mountPath"] = json!("/m");
         let mount: VolumeMount = serde_json::from_value(mount).unwrap();
-        let env = [("A".to_owned(), "x".to_owned()), ("E".to_owned(), String::new()), ("UP".to_owned(), "../y".to_owned())];
+        let env =
+            [("A".to_owned(), "x".to_owned()), ("E".to_owned(), String::new()), ("UP".to_owned(), "../y".to_owned())];
         container_mounts("c", &[mount], &volumes(path, kind, false), &env.into()).map(|mut mounts| mounts.remove(0))
     }
 

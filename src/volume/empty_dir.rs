@@ -100,7 +100,8 @@ fn page_size(pod: &Pod, medium: &str) -> Result<i64, SetUpError> {
         None => None,
     };
     let spec = pod.spec.as_ref();
-    let containers = spec.into_iter().flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()));
+    let containers =
+        spec.into_iter().flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()));
     let resources = containers
         .filter_map(|container: &Container| container.resources.as_ref())
         .chain(spec.and_then(|spec| spec.resources.as_ref()));
@@ -211,13 +212,23 @@ mod tests {
         assert_eq!(size(json!({"containers": [{"name": "c"}]}), None), Some(1000));
         assert_eq!(size(json!({"containers": [{"name": "c"}]}), Some("10")), Some(10));
         assert_eq!(size(json!({"containers": [limit("100")]}), Some("500")), Some(100));
-        assert_eq!(size(json!({"containers": [limit("100"), limit("50")], "overhead": {"memory": "5"}}), None), Some(155));
+        assert_eq!(
+            size(json!({"containers": [limit("100"), limit("50")], "overhead": {"memory": "5"}}), None),
+            Some(155)
+        );
         assert_eq!(size(json!({"containers": [limit("100"), {"name": "d"}]}), None), Some(1000));
         assert_eq!(size(json!({"containers": [limit("100")], "initContainers": [limit("300")]}), None), Some(300));
         let sidecar = json!({"name": "s", "restartPolicy": "Always", "resources": {"limits": {"memory": "40"}}});
-        assert_eq!(size(json!({"containers": [limit("100")], "initContainers": [sidecar, limit("70")]}), None), Some(140));
-        assert_eq!(size(json!({"containers": [{"name": "c"}], "resources": {"limits": {"memory": "7"}}}), None), Some(7));
-        let nothing = memory_size(&pod(json!({"containers": [{"name": "c"}]})), None, &FieldContext::default()).unwrap();
+        assert_eq!(
+            size(json!({"containers": [limit("100")], "initContainers": [sidecar, limit("70")]}), None),
+            Some(140)
+        );
+        assert_eq!(
+            size(json!({"containers": [{"name": "c"}], "resources": {"limits": {"memory": "7"}}}), None),
+            Some(7)
+        );
+        let nothing =
+            memory_size(&pod(json!({"containers": [{"name": "c"}]})), None, &FieldContext::default()).unwrap();
         assert_eq!(nothing, None);
     }
 

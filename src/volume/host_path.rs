@@ -49,9 +49,9 @@ fn expect(path: &str, wanted: &str, name: &str) -> Result<(), SetUpError> {
     match file_type(path) {
         Ok(kind) if kind == wanted => Ok(()),
         Ok(kind) => refuse(format!("hostPath type check failed: {path} is not a {name}, it's a {kind}")),
-        Err(reason) => {
-            refuse(format!("hostPath type check failed, {path} is not a {name}, unable to determine its type: {reason}"))
-        }
+        Err(reason) => refuse(format!(
+            "hostPath type check failed, {path} is not a {name}, unable to determine its type: {reason}"
+        )),
     }
 }
 
@@ -102,7 +102,11 @@ mod tests {
             ("sock", "Directory", "hostPath type check failed: {} is not a directory, it's a Socket"),
             ("made", "FileOrCreate", "hostPath type check failed: {} is not a file, it's a Directory"),
             ("made", "BlockDevice", "hostPath type check failed: {} is not a block device, it's a Directory"),
-            ("none", "Socket", "hostPath type check failed, {} is not a socket file, unable to determine its type: path \"{}\" does not exist"),
+            (
+                "none",
+                "Socket",
+                "hostPath type check failed, {} is not a socket file, unable to determine its type: path \"{}\" does not exist",
+            ),
             ("none", "Dir", "Dir is an invalid volume type"),
         ] {
             let error = set_up(&at(name), Some(kind)).unwrap_err().to_string();

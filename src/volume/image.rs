@@ -36,7 +36,9 @@ impl ImageVolumes for NoImageVolumes {
     ) -> BoxFuture<'a, Result<PathBuf, String>> {
         let reference = source.reference.clone().unwrap_or_default();
         Box::pin(async move {
-            Err(format!("volumes[].image {reference:?} is not supported by this node; copy the files with an init container"))
+            Err(format!(
+                "volumes[].image {reference:?} is not supported by this node; copy the files with an init container"
+            ))
         })
     }
 

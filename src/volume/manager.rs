@@ -384,14 +384,18 @@ fn is_file_name(name: &str) -> bool {
 
 fn directory_mode(mode: i32) -> Result<u32, SetUpError> {
     let bits = u32::try_from(mode).ok().filter(|mode| *mode <= 0o1777);
-    bits.ok_or_else(|| SetUpError::Invalid(format!("emptyDir.mode {mode} must be a number between 0 and 01777 (octal)")))
+    bits.ok_or_else(|| {
+        SetUpError::Invalid(format!("emptyDir.mode {mode} must be a number between 0 and 01777 (octal)"))
+    })
 }
 
 fn fs_group(spec: &PodSpec) -> Result<Option<u32>, SetUpError> {
     let group = spec.security_context.as_ref().and_then(|context| context.fs_group);
     let invalid = |group| SetUpError::Invalid(format!("securityContext.fsGroup {group} must be a group ID"));
     group
-        .map(|group| u32::try_from(group).ok().filter(|gid| *gid <= i32::MAX.unsigned_abs()).ok_or_else(|| invalid(group)))
+        .map(|group| {
+            u32::try_from(group).ok().filter(|gid| *gid <= i32::MAX.unsigned_abs()).ok_or_else(|| invalid(group))
+        })
         .transpose()
 }
 
@@ -418,7 +422,8 @@ fn nested_mount_points(name: &str, spec: &PodSpec) -> Vec<PathBuf> {
     for mounts in container_mounts(spec) {
         let all: BTreeSet<PathBuf> = mounts.iter().map(|mount| absolute(&mount.mount_path)).collect();
         for own in mounts.iter().filter(|mount| mount.name == name).map(|mount| absolute(&mount.mount_path)) {
-            let inside = all.iter().filter_map(|path| path.strip_prefix(&own).ok()).filter(|path| !path.as_os_str().is_empty());
+            let inside =
+                all.iter().filter_map(|path| path.strip_prefix(&own).ok()).filter(|path| !path.as_os_str().is_empty());
             let mut kept: Vec<&Path> = Vec::new();
             // Paths sort by their parts, so an outer mount point comes before those inside of it.
             for path in inside {

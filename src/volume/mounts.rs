@@ -116,8 +116,10 @@ pub fn unmount_below(directory: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::ResourceBusy, "mounts keep appearing"))
 }
 
-const BELOW: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_XDEV).union(ResolveFlags::NO_MAGICLINKS);
+const BELOW: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_XDEV)
+    .union(ResolveFlags::NO_MAGICLINKS);
 
 /// Depth beyond which a directory is moved up before it is emptied, so that a container cannot exhaust the agent's
 /// file descriptors with a deep tree.
@@ -216,6 +218,9 @@ fn first_left(directory: &OwnedFd, root: &OwnedFd, depth: usize, moved: &mut u64
     }
     Ok(None)
 }
+
+#[cfg(test)]
+pub(super) use tests::Scratch;
 
 #[cfg(test)]
 mod tests {
@@ -347,6 +352,3 @@ mod tests {
         }
     }
 }
-
-#[cfg(test)]
-pub(super) use tests::Scratch;

@@ -130,7 +130,8 @@ fn unsupported(field: &str, remedy: &str) -> SetUpError {
 /// The identity of the token that `source` asks for.
 pub(super) fn token_key(pod: &Pod, source: &ServiceAccountTokenProjection) -> TokenKey {
     let metadata = &pod.metadata;
-    let account = pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref()).filter(|name| !name.is_empty());
+    let account =
+        pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref()).filter(|name| !name.is_empty());
     TokenKey {
         namespace: metadata.namespace.clone().unwrap_or_else(|| "default".to_owned()),
         service_account: account.unwrap_or("default").to_owned(),
@@ -147,7 +148,8 @@ mod tests {
     use serde_json::json;
 
     fn user(pod: Option<i64>, containers: &[Option<i64>]) -> Option<i64> {
-        let containers: Vec<_> = containers.iter().map(|u| json!({"name": "c", "securityContext": {"runAsUser": u}})).collect();
+        let containers: Vec<_> =
+            containers.iter().map(|u| json!({"name": "c", "securityContext": {"runAsUser": u}})).collect();
         let pod = json!({"spec": {"containers": containers, "securityContext": {"runAsUser": pod}}});
         common_user(&serde_json::from_value(pod).unwrap())
     }
