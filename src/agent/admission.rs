@@ -24,11 +24,9 @@ impl Node {
             apparmor: self.traits.apparmor,
             pod_level_resources: true,
         };
-        self.pods.admit(desired.uid(), |others| {
-            match admit(&desired.pod, others.iter().map(AsRef::as_ref), &node) {
-                Ok(()) => Admission::Admitted,
-                Err(rejection) => Admission::Rejected { message: rejection.status_message(), reason: rejection.reason },
-            }
+        self.pods.admit(desired.uid(), |others| match admit(&desired.pod, others.iter().map(AsRef::as_ref), &node) {
+            Ok(()) => Admission::Admitted,
+            Err(rejection) => Admission::Rejected { message: rejection.status_message(), reason: rejection.reason },
         })
     }
 }

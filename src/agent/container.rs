@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 use oci_spec::runtime::LinuxDevice;
+use tokio::sync::broadcast;
 
 use super::node::{Node, blocking};
 use super::sandbox::{INSTANCE_FILE, PodDir};
@@ -16,10 +18,13 @@ use crate::pod::effects::{Failure, Outcome, Request};
 use crate::pod::env::{EnvSources, expand_all, make_environment};
 use crate::pod::model::{ContainerSpec, Desired, Exit, Instance};
 use crate::resources::limits::container_limits;
-use crate::runtime::client::{CreateRequest, Shim, ShimError};
+use crate::runtime::client::{CreateRequest, Shim, ShimError, ShimEvent};
 use crate::runtime::spec::{self, ContainerInput, Namespaces, UserFiles};
 use crate::shim::bundle::{Access, BindMount, SETUP_FILE};
 use crate::volume::{MountedVolumes, container_mounts};
+
+/// How long a killed process may take to end.
+const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why a container did not start; with an exit if there is an instance that could not be executed.
 enum StartFailure {
@@ -55,7 +60,10 @@ impl Node {
     /// Starts the next instance of a container.
     pub(super) async fn start_container(self: &Arc<Self>, request: &Request, name: &str) -> Outcome {
         let Some(spec) = request.desired.container(name).cloned() else {
-            return Outcome::Failed(Failure::new("CreateContainerConfigError", format!("container {name} is not in the Pod")));
+            return Outcome::Failed(Failure::new(
+                "CreateContainerConfigError",
+                format!("container {name} is not in the Pod"),
+            ));
         };
         match self.try_start(request, &spec).await {
             Ok(instance) => {
@@ -198,7 +206,8 @@ impl Node {
         made().map_err(|error| create_error(format!("prepare {}: {error}", container_dir.display())))?;
         let writable = self.writable_dir(uid).join(&material.id);
         mount_rootfs(&material.image, &writable, &rootfs).map_err(create_error)?;
-        let users = UserFiles::read(&rootfs).map_err(|error| create_error(format!("read the image's users: {error}")))?;
+        let users =
+            UserFiles::read(&rootfs).map_err(|error| create_error(format!("read the image's users: {error}")))?;
         let command = expand_all(spec.container.command.as_deref().unwrap_or_default(), &material.env);
         let args = expand_all(spec.container.args.as_deref().unwrap_or_default(), &material.env);
         let env: Vec<(String, String)> = material.env.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
@@ -279,7 +288,8 @@ impl Node {
 
     async fn namespaces(&self, request: &Request, spec: &ContainerSpec, shim: &Shim) -> Result<Namespaces, Failure> {
         let desired = &request.desired;
-        let network = self.network.lookup(desired.uid()).ok_or_else(|| create_error("the Pod's network is not there"))?;
+        let network =
+            self.network.lookup(desired.uid()).ok_or_else(|| create_error("the Pod's network is not there"))?;
         let pod_spec = desired.pod.spec.as_ref();
         let mut pid = None;
         if pod_spec.and_then(|s| s.share_process_namespace) == Some(true) {
@@ -289,29 +299,27 @@ impl Node {
             let id = instance.filter(|i| i.is_running()).map(|i| i.id.clone());
             let records = shim.state().await.map_err(create_error)?;
             let record = records.iter().find(|record| Some(&record.request.container_id) == id.as_ref());
-            let process = record.and_then(|record| record.pid).ok_or_else(|| {
-                config_error(format!("unable to find target container {target:?}: it does not run"))
-            })?;
+            let process = record
+                .and_then(|record| record.pid)
+                .ok_or_else(|| config_error(format!("unable to find target container {target:?}: it does not run")))?;
             pid = Some(format!("/proc/{process}/ns/pid").into());
         }
         Ok(Namespaces { network: network.net_ns, ipc: network.ipc_ns, uts: network.uts_ns, pid })
     }
 
     /// Removes what earlier instances of a container left, except the log of the last one.
-    async fn remove_dead(
-        &self,
-        request: &Request,
-        name: &str,
-        shim: &Shim,
-        next_attempt: u32,
-    ) -> Result<(), String> {
+    async fn remove_dead(&self, request: &Request, name: &str, shim: &Shim, next_attempt: u32) -> Result<(), String> {
         let uid = request.desired.uid();
+        let mut events = shim.events();
         let records = shim.state().await.map_err(|error| error.to_string())?;
         for record in records.into_iter().filter(|record| record.request.name == name) {
             let id = record.request.container_id;
             if record.exit.is_none() {
                 // created by a life of the agent that did not come to start it
-                let _ = shim.signal(&id, nix::libc::SIGKILL, true).await;
+                shim.signal(&id, nix::libc::SIGKILL, true).await.map_err(|error| error.to_string())?;
+                tokio::time::timeout(END_DEADLINE, ended(&mut events, &id))
+                    .await
+                    .map_err(|_| format!("container {id}, which was never started, does not end"))?;
             }
             shim.remove(&id).await.map_err(|error| format!("remove the last instance: {error}"))?;
             let (dir, writable) = (self.pod_dir(uid).container(&id), self.writable_dir(uid).join(&id));
@@ -440,6 +448,17 @@ async fn mounts(
     })
     .await
     .map_err(config_error)
+}
+
+/// Waits until the shim tells of a container's end, or is gone.
+async fn ended(events: &mut broadcast::Receiver<ShimEvent>, id: &str) {
+    loop {
+        match events.recv().await {
+            Ok(ShimEvent::Exited(record)) if record.request.container_id == id => return,
+            Ok(ShimEvent::Disconnected) | Err(_) => return,
+            Ok(_) => {}
+        }
+    }
 }
 
 fn parse_signal(text: &str) -> Option<i32> {

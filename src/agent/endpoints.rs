@@ -33,7 +33,10 @@ impl Endpoints {
     fn view(&self, target: &ContainerTarget) -> Result<PodView, ApiError> {
         let uid = target.pod.metadata.uid.as_deref().unwrap_or_default();
         self.0.pods.view(uid).ok_or_else(|| {
-            ApiError::NotFound(format!("pod {:?} does not exist", target.pod.metadata.name.as_deref().unwrap_or_default()))
+            ApiError::NotFound(format!(
+                "pod {:?} does not exist",
+                target.pod.metadata.name.as_deref().unwrap_or_default()
+            ))
         })
     }
 
@@ -95,7 +98,8 @@ impl Endpoints {
     async fn start_attach(&self, target: &ContainerTarget, options: AttachOptions) -> Result<Process, ApiError> {
         let (shim, instance) = self.running(target)?;
         let view = self.view(target)?;
-        let container = view.desired.container(&target.container).map(|spec| spec.container.clone()).unwrap_or_default();
+        let container =
+            view.desired.container(&target.container).map(|spec| spec.container.clone()).unwrap_or_default();
         let tty = container.tty == Some(true);
         let stdin = options.stdin && container.stdin == Some(true);
         let mut events = shim.events();
@@ -235,7 +239,11 @@ impl NodeApi for Endpoints {
         std::future::ready(found).boxed()
     }
 
-    fn exec<'a>(&'a self, target: &'a ContainerTarget, options: ExecOptions) -> BoxFuture<'a, Result<Process, ApiError>> {
+    fn exec<'a>(
+        &'a self,
+        target: &'a ContainerTarget,
+        options: ExecOptions,
+    ) -> BoxFuture<'a, Result<Process, ApiError>> {
         self.start_exec(target, options).boxed()
     }
 

@@ -103,12 +103,18 @@ impl Node {
     ) -> Result<Finished, ShimError> {
         let uid = request.desired.uid();
         let instance = request.observed.containers.get(name).and_then(|facts| facts.current.as_ref());
-        let id = instance.map(|i| i.id.clone()).ok_or_else(|| ShimError::NotFound(format!("container {name} does not run")))?;
+        let id = instance
+            .map(|i| i.id.clone())
+            .ok_or_else(|| ShimError::NotFound(format!("container {name} does not run")))?;
         let shim = self.shim(uid).ok_or(ShimError::Disconnected)?;
         let process = self.process(uid, &id, command, false)?;
         let (reader, writer) = io::pipe()?;
         let mut output = FdReader::new(OwnedFd::from(reader))?;
-        let stdio = ExecStdio { stdin: None, stdout: Some(OwnedFd::from(writer.try_clone()?)), stderr: Some(OwnedFd::from(writer)) };
+        let stdio = ExecStdio {
+            stdin: None,
+            stdout: Some(OwnedFd::from(writer.try_clone()?)),
+            stderr: Some(OwnedFd::from(writer)),
+        };
         let exec = ExecRequest {
             container_id: id,
             exec_id: uuid::Uuid::new_v4().to_string(),

@@ -34,7 +34,8 @@ impl ImageVolumes for VolumeImages {
                 }
                 ("Never" | "IfNotPresent", Some(image)) => image,
                 _ => {
-                    let reference: Reference = requested.parse().map_err(|error: crate::image::ImageError| error.to_string())?;
+                    let reference: Reference =
+                        requested.parse().map_err(|error: crate::image::ImageError| error.to_string())?;
                     let credentials = self.keyring.lookup(&reference);
                     self.images.pull(requested, &credentials, None).await.map_err(|error| error.to_string())?.image
                 }

@@ -211,7 +211,8 @@ impl Pods {
         let Some(entry) = entries.get_mut(desired.uid()) else { return };
         entry.admitted &= observed.admission.is_none();
         let view = &mut entry.view;
-        let same = Arc::ptr_eq(&view.desired, desired) && Arc::ptr_eq(&view.observed, observed) && *view.status == *status;
+        let same =
+            Arc::ptr_eq(&view.desired, desired) && Arc::ptr_eq(&view.observed, observed) && *view.status == *status;
         if same {
             return;
         }

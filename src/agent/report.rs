@@ -22,7 +22,8 @@ const REPLACED_LISTS: [&str; 2] = ["podIPs", "hostIPs"];
 /// The patch that makes `base` into `status`; `None` if nothing differs.
 #[must_use]
 pub fn status_patch(uid: &str, base: &PodStatus, status: &PodStatus) -> Option<Value> {
-    let (Ok(Value::Object(base)), Ok(Value::Object(status))) = (serde_json::to_value(base), serde_json::to_value(status))
+    let (Ok(Value::Object(base)), Ok(Value::Object(status))) =
+        (serde_json::to_value(base), serde_json::to_value(status))
     else {
         return None;
     };

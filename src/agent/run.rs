@@ -19,7 +19,7 @@ use super::pods::Pods;
 use super::records::Records;
 use super::{images, serving, sources};
 use crate::config::Config;
-use crate::image::{GcPolicy, ImageStore, Keyring, StoreConfig};
+use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
 use crate::network::dns::{NodeDns, ResolvConf};
 use crate::network::{Network, NetworkConfig};
 use crate::node::client::Credentials;
@@ -40,6 +40,9 @@ use crate::volume::{VolumeConfig, VolumeManager};
 
 /// How often images are looked at for collection (`ImageGCPeriod` in kubelet).
 const IMAGE_GC_PERIOD: Duration = Duration::from_secs(5 * 60);
+
+/// The address ranges that the cluster has assigned, for the next start.
+const POD_CIDRS_FILE: &str = "pod-cidrs.json";
 
 /// Features whose meaning for other components this node has (`status.declaredFeatures`).
 const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
@@ -120,9 +123,12 @@ async fn start(config: Arc<Config>) -> Result<Running, String> {
     let node = build(&config, &cluster).await?;
     let effects = Arc::new(NodeEffects(node.clone()));
     adopt(&node, &effects).await?;
-    watch_cluster(&config, &cluster, &node, &effects)?;
     serving::start(&node, cluster.rotated.subscribe()).await?;
+    // an agent that comes back with Pods running was ready before: it must not say otherwise for a moment
+    let known = read_pod_cidrs(&config);
+    set_pod_cidrs(&node, &known, &cluster.health).await;
     cluster.health.send_modify(|health| health.runtime = Ok(()));
+    watch_cluster(&config, &cluster, &node, &effects)?;
     tokio::spawn(follow_pod_cidrs(node.clone(), cluster.object.subscribe(), cluster.health.clone()));
     tokio::spawn(refresh_volumes(node.clone()));
     tokio::spawn(keep_images(node.clone(), cluster.facts.clone()));
@@ -165,17 +171,14 @@ async fn connect(config: &Arc<Config>) -> Result<Cluster, String> {
 }
 
 async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, String> {
-    let text = |error: &dyn std::fmt::Display| error.to_string();
     let facts = cluster.facts.borrow().clone();
     let addresses: Vec<IpAddr> =
         facts.addresses.iter().filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
-    let records = Records::open(&config.paths.state_dir).map_err(|error| format!("open the state directory: {error}"))?;
+    let records =
+        Records::open(&config.paths.state_dir).map_err(|error| format!("open the state directory: {error}"))?;
     let mut store = StoreConfig::new(&config.paths.data_dir);
     store.insecure_registries.clone_from(&config.insecure_registries);
-    let images = tokio::task::spawn_blocking(move || ImageStore::open(store))
-        .await
-        .map_err(|error| text(&error))?
-        .map_err(|error| format!("open the image store: {error}"))?;
+    let images = open_images(store).await?;
     let home = std::env::home_dir().unwrap_or_else(|| "/".into());
     let keyring = Keyring::from_node(&config.paths.root_dir, &home);
     let mut network = NetworkConfig::new(&config.paths.state_dir);
@@ -223,6 +226,24 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
         allocatable: initial.allocatable.unwrap_or_default(),
         shims: Mutex::new(HashMap::new()),
     }))
+}
+
+/// Opens the image store; an earlier life that was just killed may need a moment to let go of it.
+async fn open_images(config: StoreConfig) -> Result<Arc<ImageStore>, String> {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        let config = config.clone();
+        let opened =
+            tokio::task::spawn_blocking(move || ImageStore::open(config)).await.map_err(|error| error.to_string())?;
+        match opened {
+            Err(ImageError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::WouldBlock && tokio::time::Instant::now() < deadline =>
+            {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            opened => return opened.map_err(|error| format!("open the image store: {error}")),
+        }
+    }
 }
 
 fn cgroups(config: &Config, facts: &NodeFacts) -> Result<CgroupTree, crate::resources::cgroup::CgroupError> {
@@ -356,27 +377,47 @@ async fn follow_pod_cidrs(
 ) {
     loop {
         let cidrs = pod_cidrs(&node.config, object.borrow_and_update().as_deref());
-        if !cidrs.is_empty()
-            && let Err(error) = node.network.set_pod_cidrs(&cidrs).await
-        {
-            tracing::error!(%error, "the Pod network cannot be set up");
+        if !cidrs.is_empty() {
+            set_pod_cidrs(&node, &cidrs, &health).await;
+            let text = serde_json::to_vec(&cidrs).unwrap_or_default();
+            let path = node.config.paths.state_dir.join(POD_CIDRS_FILE);
+            if fs::read(&path).is_ok_and(|known| known == text) {
+                // nothing new
+            } else if let Err(error) = fs::write(&path, text) {
+                tracing::warn!(%error, path = %path.display(), "the next start has to wait for the API server's word");
+            }
         }
-        let ready = node.network.ready();
-        health.send_if_modified(|health| {
-            let changed = health.network != ready;
-            health.network = ready;
-            changed
-        });
         if object.changed().await.is_err() {
             return std::future::pending().await;
         }
     }
 }
 
+async fn set_pod_cidrs(node: &Node, cidrs: &[IpNet], health: &watch::Sender<NodeHealth>) {
+    if !cidrs.is_empty()
+        && let Err(error) = node.network.set_pod_cidrs(cidrs).await
+    {
+        tracing::error!(%error, "the Pod network cannot be set up");
+    }
+    let ready = node.network.ready();
+    health.send_if_modified(|health| {
+        let changed = health.network != ready;
+        health.network = ready;
+        changed
+    });
+}
+
+/// The ranges of the agent's last life on this boot.
+fn read_pod_cidrs(config: &Config) -> Vec<IpNet> {
+    let known = fs::read(config.paths.state_dir.join(POD_CIDRS_FILE)).ok();
+    known.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
 fn pod_cidrs(config: &Config, object: Option<&NodeObject>) -> Vec<IpNet> {
     let spec = object.and_then(|node| node.spec.as_ref());
     let assigned = spec.and_then(|spec| spec.pod_cidrs.clone().or_else(|| Some(vec![spec.pod_cidr.clone()?])));
-    let own = (!config.kubelet.pod_cidr.is_empty()).then(|| config.kubelet.pod_cidr.split(',').map(str::to_owned).collect());
+    let own =
+        (!config.kubelet.pod_cidr.is_empty()).then(|| config.kubelet.pod_cidr.split(',').map(str::to_owned).collect());
     // a node by itself has nobody to assign it a range
     let standalone = config.kubeconfig.is_none().then(|| vec!["10.88.0.0/16".to_owned()]);
     assigned.or(own).or(standalone).unwrap_or_default().iter().filter_map(|cidr| cidr.parse().ok()).collect()

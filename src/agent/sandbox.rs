@@ -90,7 +90,9 @@ impl Node {
         let spec = pod.spec.clone().unwrap_or_default();
         let host_network = spec.host_network == Some(true);
         if !host_network {
-            self.network.ready().map_err(|why| Failure::new("NetworkNotReady", format!("network is not ready: {why}")))?;
+            self.network
+                .ready()
+                .map_err(|why| Failure::new("NetworkNotReady", format!("network is not ready: {why}")))?;
         }
         let names = pod_hostname(&pod, &self.config.kubelet.cluster_domain)
             .map_err(|error| failed("set up the hostname", error.to_string()))?;
@@ -110,15 +112,21 @@ impl Node {
         });
         let network = async {
             self.network.set_up(&network_request).await.map_err(|error| match error {
-                NetworkError::NotReady { .. } => Failure::new("NetworkNotReady", format!("network is not ready: {error}")),
+                NetworkError::NotReady { .. } => {
+                    Failure::new("NetworkNotReady", format!("network is not ready: {error}"))
+                }
                 error => failed("set up the network", error.to_string()),
             })
         };
-        let shim = async { self.ensure_shim(desired.uid()).await.map_err(|error| failed("start the shim", error.to_string())) };
+        let shim = async {
+            self.ensure_shim(desired.uid()).await.map_err(|error| failed("start the shim", error.to_string()))
+        };
         let files = async { files.await.map_err(|error| failed("prepare cgroup and directories", error)) };
         let ((), network, shim) = tokio::try_join!(files, network, shim)?;
         if spec.share_process_namespace == Some(true) {
-            shim.pid_namespace().await.map_err(|error| failed("make the shared process namespace", error.to_string()))?;
+            shim.pid_namespace()
+                .await
+                .map_err(|error| failed("make the shared process namespace", error.to_string()))?;
         }
         let ips = if host_network { self.addresses.clone() } else { network.ips.clone() };
         self.write_files(desired, &spec, &dir, &ips, &names.hostname, &names.domain, &kernel_name)
@@ -127,7 +135,10 @@ impl Node {
     }
 
     /// `/etc/resolv.conf`, `/etc/hostname` and `/etc/hosts`.
-    #[allow(clippy::too_many_arguments, reason = "the parts of three small files; a struct would name them a second time")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the parts of three small files; a struct would name them a second time"
+    )]
     fn write_files(
         &self,
         desired: &Desired,
@@ -276,7 +287,8 @@ impl Node {
     /// Removes the last traces of a Pod that no longer exists.
     pub(super) async fn forget(self: &Arc<Self>, desired: &Desired) {
         let uid = desired.uid().to_owned();
-        let (log_dir, links, node) = (self.log_dir(&desired.pod), self.config.paths.container_logs_dir.clone(), self.clone());
+        let (log_dir, links, node) =
+            (self.log_dir(&desired.pod), self.config.paths.container_logs_dir.clone(), self.clone());
         let done = blocking(move || -> io::Result<()> {
             super::logs::remove_links(&links, &log_dir)?;
             remove_tree(&log_dir)?;
@@ -302,8 +314,14 @@ impl Node {
         }
         let mut found = Vec::new();
         for record in &records {
+            let start_error = record.exit.as_ref().is_some_and(|exit| exit.start_error.is_some());
+            if record.started_at.is_none() && !start_error {
+                // created and never started: no run of the container, the next start removes it
+                continue;
+            }
             let path = dir.container(&record.request.container_id).join(INSTANCE_FILE);
-            let Some(mut instance) = fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Instance>(&bytes).ok())
+            let Some(mut instance) =
+                fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Instance>(&bytes).ok())
             else {
                 continue;
             };
@@ -357,7 +375,9 @@ fn mount_shm(path: &Path) -> io::Result<()> {
 
 /// Whether a directory is the root of a mount.
 fn is_mounted(path: &Path) -> io::Result<bool> {
-    let of = |path: &Path| rustix::fs::statx(rustix::fs::CWD, path, rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::MNT_ID);
+    let of = |path: &Path| {
+        rustix::fs::statx(rustix::fs::CWD, path, rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::MNT_ID)
+    };
     let parent = path.parent().unwrap_or(path);
     Ok(of(path)?.stx_mnt_id != of(parent)?.stx_mnt_id)
 }
@@ -383,4 +403,3 @@ fn entries(path: &Path) -> io::Result<Vec<PathBuf>> {
         Err(error) => Err(error),
     }
 }
-

@@ -48,7 +48,8 @@ pub(super) async fn start(node: &Arc<Node>, rotated: watch::Receiver<u64>) -> Re
             }
         },
     };
-    let auth = Auth::new(auth_config, client_ca.clone(), reviewer).map_err(|error| format!("authentication: {error}"))?;
+    let auth =
+        Auth::new(auth_config, client_ca.clone(), reviewer).map_err(|error| format!("authentication: {error}"))?;
     let mut options = ServerOptions {
         debugging_handlers: kubelet.enable_debugging_handlers,
         system_logs: kubelet.enable_system_log_handler,
@@ -74,16 +75,19 @@ async fn bind(address: &str, port: i32, field: &str) -> Result<TcpListener, Stri
     let address: IpAddr = address.parse().map_err(|_| format!("address {address:?} is not an IP address"))?;
     let port = u16::try_from(port).map_err(|_| format!("{field} {port} is not a port"))?;
     let socket = SocketAddr::new(address, port);
-    TcpListener::bind(socket)
-        .await
-        .map_err(|error| format!("{field}: cannot listen on {socket}: {error}; stop what uses the port, or set another"))
+    TcpListener::bind(socket).await.map_err(|error| {
+        format!("{field}: cannot listen on {socket}: {error}; stop what uses the port, or set another")
+    })
 }
 
 fn certificate(config: &Config, addresses: &[IpAddr]) -> Result<Arc<ServingCertificate>, String> {
     let kubelet = &config.kubelet;
     if !kubelet.tls_cert_file.is_empty() {
-        return ServingCertificate::from_files(Path::new(&kubelet.tls_cert_file), Path::new(&kubelet.tls_private_key_file))
-            .map_err(|error| error.to_string());
+        return ServingCertificate::from_files(
+            Path::new(&kubelet.tls_cert_file),
+            Path::new(&kubelet.tls_private_key_file),
+        )
+        .map_err(|error| error.to_string());
     }
     if kubelet.server_tls_bootstrap {
         let current = CertStore::serving(&config.paths.cert_dir).current_path();

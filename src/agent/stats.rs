@@ -19,7 +19,8 @@ use crate::server::summary::{
 /// Statistics of the node and its Pods. Blocking: cgroup files and file systems are read.
 pub(super) fn summary(node: &Node, only_cpu_and_memory: bool) -> Result<Summary, CgroupError> {
     let whole = read::node(node.cgroups.hierarchy())?;
-    let fs = |path: &Path| (!only_cpu_and_memory).then(|| read::filesystem(path).ok().map(|fs| fs_stats(&fs))).flatten();
+    let fs =
+        |path: &Path| (!only_cpu_and_memory).then(|| read::filesystem(path).ok().map(|fs| fs_stats(&fs))).flatten();
     let image_fs = fs(&node.config.paths.data_dir);
     Ok(Summary {
         node: NodeStats {

@@ -87,7 +87,7 @@ impl Layout {
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
             let source = match errno {
                 rustix::io::Errno::WOULDBLOCK => {
-                    io::Error::other("another gantry uses this image store; stop it first")
+                    io::Error::new(io::ErrorKind::WouldBlock, "another gantry uses this image store; stop it first")
                 }
                 other => other.into(),
             };

@@ -307,7 +307,14 @@ fn plan_starts(desired: &Desired, observed: &Observed, running: &BTreeSet<Action
         let none = ContainerFacts::default();
         let facts = observed.containers.get(spec.name()).unwrap_or(&none);
         match next_try(desired, facts) {
-            Some(at) if at > now => plan.wake(at),
+            Some(at) if at > now => {
+                plan.wake(at);
+                // a failed pull is shown as back-off after a while
+                if let Some(shown) = facts.waiting.as_ref().map(super::status::shown_until).filter(|shown| *shown > now)
+                {
+                    plan.wake(shown);
+                }
+            }
             _ => {
                 plan.act(running, Action::Start(spec.name().to_owned()));
                 return;

@@ -2,7 +2,7 @@
 //!
 //! Source: `generateAPIPodStatus`, `getPhase` and `convertToAPIContainerStatuses` in `pkg/kubelet/kubelet_pods.go`.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
     ContainerUser, HostIP, LinuxContainerUser, PodIP, PodStatus, VolumeMountStatus,
@@ -217,7 +217,7 @@ pub fn crash_loop_message(desired: &Desired, spec: &ContainerSpec, delay: i64) -
 
 /// A failed pull is `ErrImagePull` when it happens and `ImagePullBackOff` while the next one is waited for.
 fn shown_failure(spec: &ContainerSpec, failure: &super::model::Waiting, now: Timestamp) -> (String, String) {
-    let waits = failure.retry_at > now && now.duration_since(failure.since).as_secs() >= PULL_ERROR_SECONDS;
+    let waits = failure.retry_at > now && shown_until(failure) <= now;
     if waits && matches!(failure.reason.as_str(), "ErrImagePull" | "RegistryUnavailable") {
         let message = format!("Back-off pulling image \"{}\": ErrImagePull: {}", spec.image(), failure.message);
         return ("ImagePullBackOff".to_owned(), message);
@@ -225,8 +225,14 @@ fn shown_failure(spec: &ContainerSpec, failure: &super::model::Waiting, now: Tim
     (failure.reason.clone(), failure.message.clone())
 }
 
-/// How long a failed pull is shown as such before it is shown as back-off, seconds.
-pub const PULL_ERROR_SECONDS: i64 = 2;
+/// How long a failed pull is shown as such before it is shown as back-off.
+const PULL_ERROR: SignedDuration = SignedDuration::from_secs(2);
+
+/// Until when a failure to start is shown as what it was; then it is a wait for the next try.
+#[must_use]
+pub fn shown_until(failure: &super::model::Waiting) -> Timestamp {
+    failure.since + PULL_ERROR
+}
 
 fn terminated(exit: &Exit, limit: usize) -> ContainerStateTerminated {
     let mut end = exit.message.len().min(limit);

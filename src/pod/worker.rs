@@ -312,7 +312,8 @@ impl<E: Effects> Worker<E> {
         };
         let Some(exit) = facts.exit() else { return };
         let wait = facts.restart_backoff.until(exit.finished_at.unwrap_or(now), self.desired.max_restart_delay);
-        if super::rules::restarts(&self.desired, spec, exit) && wait.is_some_and(|until| until > now) {
+        let ending = self.observed.termination.is_some() || self.desired.is_deleted() || self.removed;
+        if !ending && super::rules::restarts(&self.desired, spec, exit) && wait.is_some_and(|until| until > now) {
             let meta = &self.desired.pod.metadata;
             let message = format!(
                 "Back-off restarting failed container {name} in pod {}_{}({})",
