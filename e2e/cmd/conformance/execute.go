@@ -92,6 +92,13 @@ func (t *test) onCluster(ctx context.Context, todo []conformance.Spec, journal *
 				err = errors.Join(err, t.hackCluster(context.WithoutCancel(ctx), "down", "--name", name))
 			}()
 		}
+		if t.node == "kubelet" {
+			restore, err := preserveSysctls()
+			if err != nil {
+				return nil, err
+			}
+			defer restore()
+		}
 		up := []string{"up", "--name", name, "--nodes", fmt.Sprint(t.nodes)}
 		for _, arg := range t.agentArgs {
 			up = append(up, "--agent-arg="+arg)
@@ -139,6 +146,29 @@ func (t *test) onCluster(ctx context.Context, todo []conformance.Spec, journal *
 	}
 	say("running; the log is %s", filepath.Join(t.dir, conformance.LogFile))
 	return runner.Run(ctx, todo)
+}
+
+// preserveSysctls returns a function that undoes what a kubelet changes for the
+// whole machine.
+func preserveSysctls() (func(), error) {
+	saved := map[string][]byte{}
+	for _, name := range []string{
+		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
+	} {
+		file := filepath.Join("/proc/sys", name)
+		value, err := os.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		saved[file] = value
+	}
+	return func() {
+		for file, value := range saved {
+			if err := os.WriteFile(file, value, 0); err != nil {
+				fmt.Fprintln(os.Stderr, "cannot restore a setting of the machine:", err)
+			}
+		}
+	}, nil
 }
 
 func (t *test) hackCluster(ctx context.Context, args ...string) error {
