@@ -36,46 +36,6 @@ func main() {
 	}
 }
 
-// home is taken from the environment that the wrapper script sets.
-func home() (cluster.Home, error) {
-	repository := os.Getenv("GANTRY_REPOSITORY")
-	if repository == "" {
-		return cluster.Home{}, errors.New("GANTRY_REPOSITORY is not set: run hack/cluster instead of this program")
-	}
-	or := func(name, fallback string) string {
-		if value := os.Getenv(name); value != "" {
-			return value
-		}
-		return filepath.Join(repository, fallback)
-	}
-	h := cluster.Home{
-		Clusters: or("GANTRY_CLUSTER_DIR", "build/clusters"),
-		Bin:      filepath.Join(repository, "build/bin"),
-		Images:   filepath.Join(repository, "build/images/layout"),
-		Gantry:   or("GANTRY_BIN", newest(repository, "target/release/gantry", "target/x86_64-unknown-linux-gnu/release/gantry")),
-	}
-	for _, path := range []*string{&h.Clusters, &h.Gantry} {
-		absolute, err := filepath.Abs(*path)
-		if err != nil {
-			return h, err
-		}
-		*path = absolute
-	}
-	return h, nil
-}
-
-// newest is the file that was built last: cargo puts it into a directory of the
-// target's name if a target is configured.
-func newest(dir string, files ...string) string {
-	best, built := files[0], time.Time{}
-	for _, file := range files {
-		if info, err := os.Stat(filepath.Join(dir, file)); err == nil && info.ModTime().After(built) {
-			best, built = file, info.ModTime()
-		}
-	}
-	return best
-}
-
 func root() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "hack/cluster",
@@ -96,7 +56,7 @@ const defaultName = "dev"
 
 // open runs work on a locked cluster.
 func open(name string, work func(*cluster.Cluster) error) error {
-	h, err := home()
+	h, err := cluster.HomeFromEnvironment()
 	if err != nil {
 		return err
 	}
@@ -116,7 +76,7 @@ func upCommand() *cobra.Command {
 		Short: "Make a cluster and return when its nodes are Ready",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			h, err := home()
+			h, err := cluster.HomeFromEnvironment()
 			if err != nil {
 				return err
 			}
@@ -166,7 +126,7 @@ func downCommand() *cobra.Command {
 		Short: "Remove a cluster with everything that belongs to it",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			h, err := home()
+			h, err := cluster.HomeFromEnvironment()
 			if err != nil {
 				return err
 			}
@@ -203,7 +163,7 @@ func statusCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			names := []string{name}
 			if name == "" {
-				h, err := home()
+				h, err := cluster.HomeFromEnvironment()
 				if err != nil {
 					return err
 				}
@@ -350,7 +310,7 @@ func imagesCommand() *cobra.Command {
 		Short: "Build the images that the registries serve, if missing or stale",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			h, err := home()
+			h, err := cluster.HomeFromEnvironment()
 			if err != nil {
 				return err
 			}

@@ -39,9 +39,16 @@ type builder struct {
 	apt      *debian
 }
 
-// Build makes sure that dir/layout holds all images. bin has the programs that
-// go into them. What was built before is kept.
+// Build makes sure that dir/layout holds the images for development and for the
+// project's own tests. bin has the programs that go into them. What was built
+// before is kept.
 func Build(ctx context.Context, bin, dir string, progress io.Writer) error {
+	return with(&builder{bin: bin, dir: dir, progress: progress}, func(b *builder) error { return b.all(ctx) })
+}
+
+// with runs work on a builder whose directory is locked and opened.
+func with(b *builder, work func(*builder) error) error {
+	dir := b.dir
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -53,7 +60,6 @@ func Build(ctx context.Context, bin, dir string, progress io.Writer) error {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
-	b := &builder{bin: bin, dir: dir, progress: progress}
 	layoutDir := filepath.Join(dir, "layout")
 	if b.layout, err = layout.FromPath(layoutDir); errors.Is(err, fs.ErrNotExist) {
 		b.layout, err = layout.Write(layoutDir, empty.Index)
@@ -64,7 +70,7 @@ func Build(ctx context.Context, bin, dir string, progress io.Writer) error {
 	if b.layers, err = openLayers(layoutDir, filepath.Join(dir, "layers.json")); err != nil {
 		return err
 	}
-	return b.all(ctx)
+	return work(b)
 }
 
 func (b *builder) say(format string, args ...any) {
@@ -85,25 +91,9 @@ const searchPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 
 // image puts layers together under a name, unless it is there already.
 func (b *builder) image(name string, config v1.Config, parts ...*layer) error {
-	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	var additions []mutate.Addendum
-	for _, part := range parts {
-		additions = append(additions, mutate.Addendum{Layer: part, MediaType: part.Media, History: v1.History{CreatedBy: "gantry e2e images"}})
-	}
-	image, err := mutate.Append(image, additions...)
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	file, err := image.ConfigFile()
+	image, err := assemble(name, config, parts...)
 	if err != nil {
 		return err
-	}
-	file = file.DeepCopy()
-	file.Architecture, file.OS, file.Created = "amd64", "linux", v1.Time{Time: time.Unix(0, 0).UTC()}
-	config.Env = append([]string{searchPath}, config.Env...)
-	file.Config = config
-	if image, err = mutate.ConfigFile(image, file); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
 	}
 	digest, err := image.Digest()
 	if err != nil {
@@ -114,6 +104,31 @@ func (b *builder) image(name string, config v1.Config, parts ...*layer) error {
 	}
 	b.say("%s", name)
 	return b.layout.ReplaceImage(image, match.Annotation(refName, name), layout.WithAnnotations(map[string]string{refName: name}))
+}
+
+// assemble makes an image of layers and a configuration.
+func assemble(name string, config v1.Config, parts ...*layer) (v1.Image, error) {
+	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	var additions []mutate.Addendum
+	for _, part := range parts {
+		additions = append(additions, mutate.Addendum{Layer: part, MediaType: part.Media, History: v1.History{CreatedBy: "gantry e2e images"}})
+	}
+	image, err := mutate.Append(image, additions...)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	file, err := image.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	file = file.DeepCopy()
+	file.Architecture, file.OS, file.Created = "amd64", "linux", v1.Time{Time: time.Unix(0, 0).UTC()}
+	config.Env = append([]string{searchPath}, config.Env...)
+	file.Config = config
+	if image, err = mutate.ConfigFile(image, file); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return image, nil
 }
 
 func (b *builder) has(name string, digest v1.Hash) (bool, error) {
@@ -130,15 +145,20 @@ func (b *builder) has(name string, digest v1.Hash) (bool, error) {
 	}), nil
 }
 
-// program is a layer with one of the built programs.
+// program is a layer with one of the built programs, in the root directory.
 func (b *builder) program(name string, media types.MediaType, more func(*tree)) (*layer, error) {
+	return b.programAt(name, name, 0o755, media, more)
+}
+
+// programAt is a layer with one of the built programs.
+func (b *builder) programAt(name, path string, mode int64, media types.MediaType, more func(*tree)) (*layer, error) {
 	content, err := os.ReadFile(filepath.Join(b.bin, name))
 	if err != nil {
 		return nil, fmt.Errorf("program for an image: %w", err)
 	}
-	return b.layers.get(fmt.Sprintf("%s program %s %x", recipe, name, sha256.Sum256(content)), media, func() (*tree, error) {
+	return b.layers.get(fmt.Sprintf("%s program %s %o %x", recipe, path, mode, sha256.Sum256(content)), media, func() (*tree, error) {
 		t := newTree()
-		t.file(name, 0o755, content)
+		t.file(path, mode, content)
 		if more != nil {
 			more(t)
 		}

@@ -127,29 +127,44 @@ func debianBase(t *tree) error {
 
 // agnhostImage is the end-to-end tests' Swiss army knife.
 func (b *builder) agnhostImage(ctx context.Context) error {
-	base, err := b.debianLayer(ctx, zstandard, basePackages, nil, debianBase)
+	parts, err := b.agnhostLayers(ctx)
 	if err != nil {
 		return err
+	}
+	return b.image("agnhost:2.66.1", agnhostConfig(), parts...)
+}
+
+// debianTools are a small Debian system and network tools on top of it.
+func (b *builder) debianTools(ctx context.Context) ([]*layer, error) {
+	base, err := b.debianLayer(ctx, zstandard, basePackages, nil, debianBase)
+	if err != nil {
+		return nil, err
 	}
 	tools, err := b.debianLayer(ctx, zstandard, toolPackages, basePackages, func(t *tree) error {
 		t.symlink("usr/bin/nc", "nc.openbsd")
 		return nil
 	})
+	return []*layer{base, tools}, err
+}
+
+func (b *builder) agnhostLayers(ctx context.Context) ([]*layer, error) {
+	parts, err := b.debianTools(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	program, err := b.program("agnhost", gzipped, func(t *tree) {
 		t.symlink("agnhost-2", "agnhost")
 		t.dir("uploads", 0o755)
 	})
-	if err != nil {
-		return err
-	}
+	return append(parts, program), err
+}
+
+func agnhostConfig() v1.Config {
 	ports := map[string]struct{}{}
 	for _, port := range []string{"80", "8080", "8081", "9376", "5000"} {
 		ports[port+"/tcp"] = struct{}{}
 	}
-	return b.image("agnhost:2.66.1", v1.Config{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}, ExposedPorts: ports}, base, tools, program)
+	return v1.Config{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}, ExposedPorts: ports}
 }
 
 const nginxConf = `user www-data;
@@ -171,9 +186,24 @@ http {
 // removes a directory of the one before. The program is the one of the Debian
 // release, which is older than the tag that the tests' manifests ask for.
 func (b *builder) nginxImage(ctx context.Context) error {
-	base, err := b.debianLayer(ctx, uncompressed, basePackages, nil, debianBase)
+	parts, err := b.nginxLayers(ctx)
 	if err != nil {
 		return err
+	}
+	return b.image("nginx:1.28", nginxConfig(), parts...)
+}
+
+func nginxConfig() v1.Config {
+	return v1.Config{
+		Cmd: []string{"nginx", "-g", "daemon off;"}, ExposedPorts: map[string]struct{}{"80/tcp": {}}, StopSignal: "SIGQUIT",
+		Labels: map[string]string{"org.opencontainers.image.base.name": "debian:" + debianSuite},
+	}
+}
+
+func (b *builder) nginxLayers(ctx context.Context) ([]*layer, error) {
+	base, err := b.debianLayer(ctx, uncompressed, basePackages, nil, debianBase)
+	if err != nil {
+		return nil, err
 	}
 	nginx, err := b.debianLayer(ctx, uncompressed, nginxPackages, basePackages, func(t *tree) error {
 		t.owned("var/log/nginx", 0o755, 0)
@@ -181,7 +211,7 @@ func (b *builder) nginxImage(ctx context.Context) error {
 		return nil
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	site, err := b.layers.get(recipe+" nginx site "+nginxConf, uncompressed, func() (*tree, error) {
 		t := newTree()
@@ -194,10 +224,7 @@ func (b *builder) nginxImage(ctx context.Context) error {
 		return t, nil
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return b.image("nginx:1.28", v1.Config{
-		Cmd: []string{"nginx", "-g", "daemon off;"}, ExposedPorts: map[string]struct{}{"80/tcp": {}}, StopSignal: "SIGQUIT",
-		Labels: map[string]string{"org.opencontainers.image.base.name": "debian:" + debianSuite},
-	}, base, nginx, site)
+	return []*layer{base, nginx, site}, nil
 }

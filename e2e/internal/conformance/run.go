@@ -1,0 +1,148 @@
+package conformance
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gantry.local/e2e/internal/proc"
+)
+
+// Runner runs specs.
+type Runner struct {
+	// Bin holds ginkgo, e2e.test and kubectl.
+	Bin string
+	// Dir gets the log and the reports.
+	Dir string
+	// NetworkNamespace is the file of the namespace that the tests run in.
+	NetworkNamespace string
+	Kubeconfig       string
+	// RepoList is a KUBE_TEST_REPO_LIST file.
+	RepoList string
+	// Procs is the number of specs at a time.
+	Procs   int
+	Timeout time.Duration
+	// Done is told of every spec when it ends, without details; calls do not overlap.
+	Done func(Result)
+}
+
+// ErrSuite means that the tests could not begin, or not end as they should.
+var ErrSuite = errors.New("the tests did not run as they should")
+
+// Files below Runner.Dir.
+const (
+	LogFile    = "ginkgo.log"
+	reportFile = "report.json"
+	junitFile  = "junit.xml"
+)
+
+// Run runs the specs and returns a result for each, in the same order. When
+// ctx ends, what runs is interrupted and cleans up; what is known is returned.
+func (r Runner) Run(ctx context.Context, specs []Spec) ([]Result, error) {
+	log, err := os.Create(filepath.Join(r.Dir, LogFile))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	progress := &progress{done: r.Done, wanted: map[string]bool{}}
+	for _, s := range specs {
+		progress.wanted[s.Name] = true
+	}
+	var failure error
+	// The namespace belongs to the thread, and what is started inherits it.
+	err = proc.OnThread(func() error {
+		if err := proc.EnterNetworkNamespace(r.NetworkNamespace); err != nil {
+			return err
+		}
+		listener, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		server := &http.Server{Handler: progress, ReadHeaderTimeout: 10 * time.Second}
+		go server.Serve(listener)
+		defer server.Close()
+		failure = r.command(ctx, specs, "http://"+listener.Addr().String(), log).Run()
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	raw, err := os.ReadFile(filepath.Join(r.Dir, reportFile))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w; %w; see %s", ErrSuite, failure, err, log.Name())
+	}
+	results, problem := parseReport(raw, specs)
+	var exit *exec.ExitError
+	if problem == nil && failure != nil && !errors.As(failure, &exit) {
+		problem = failure // not merely that a spec failed
+	}
+	if problem != nil {
+		return results, fmt.Errorf("%w: %w; see %s", ErrSuite, problem, log.Name())
+	}
+	return results, ctx.Err()
+}
+
+func (r Runner) command(ctx context.Context, specs []Spec, progressURL string, log io.Writer) *exec.Cmd {
+	args := []string{
+		"run", fmt.Sprintf("--procs=%d", r.Procs), "--timeout=" + r.Timeout.String(), "--grace-period=2m",
+		"--no-color", "--silence-skips", "--poll-progress-after=0",
+		"--output-dir=" + r.Dir, "--json-report=" + reportFile, "--junit-report=" + junitFile,
+	}
+	for _, s := range specs {
+		args = append(args, "--focus="+pattern(s.Name))
+	}
+	args = append(args, filepath.Join(r.Bin, "e2e.test"), "--",
+		"--kubeconfig="+r.Kubeconfig, "--kubectl-path="+filepath.Join(r.Bin, "kubectl"),
+		"--provider=local", "--disable-log-dump", "--progress-report-url="+progressURL,
+		// The cluster is ready when the tests begin, so these only bound mistakes.
+		"--node-schedulable-timeout=1m", "--system-pods-startup-timeout=1m", "--system-daemonsets-startup-timeout=1m")
+	cmd := exec.CommandContext(ctx, filepath.Join(r.Bin, "ginkgo"), args...)
+	cmd.Env = append(os.Environ(), "KUBE_TEST_REPO_LIST="+r.RepoList, "PATH="+r.Bin+":"+os.Getenv("PATH"))
+	cmd.Dir, cmd.Stdout, cmd.Stderr = r.Dir, log, log
+	// A process group of its own: Ctrl-C must interrupt it once, not twice. It
+	// does not outlive this process.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGTERM}
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGINT) }
+	cmd.WaitDelay = 3 * time.Minute
+	return cmd
+}
+
+// progress receives what upstream's --progress-report-url sends: the message
+// names the spec that has just ended.
+type progress struct {
+	mu     sync.Mutex
+	wanted map[string]bool
+	done   func(Result)
+}
+
+func (p *progress) ServeHTTP(w http.ResponseWriter, request *http.Request) {
+	var update struct {
+		Message string `json:"msg"`
+	}
+	if err := json.NewDecoder(io.LimitReader(request.Body, 16<<20)).Decode(&update); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	verb, name, _ := strings.Cut(update.Message, " ")
+	outcome, known := map[string]Outcome{"PASSED": Passed, "FAILED": Failed}[verb]
+	name = normal(name)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if known && p.wanted[name] {
+		delete(p.wanted, name)
+		p.done(Result{Spec: name, Outcome: outcome})
+	}
+}
