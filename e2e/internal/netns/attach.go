@@ -22,7 +22,9 @@ func (ns *Namespace) Attach(sw *Namespace, bridge, port string) error {
 		}
 	}
 	if err := addPort(sw, bridge, &netlink.Veth{
-		LinkAttrs:     netlink.LinkAttrs{Name: port},
+		// One segment a frame: a packet socket would be handed the 64 KiB ones
+		// that this kernel passes around, and User Mode Linux drops those.
+		LinkAttrs:     netlink.LinkAttrs{Name: port, GSOMaxSegs: 1},
 		PeerName:      "eth0",
 		PeerNamespace: netlink.NsFd(int(ns.file.Fd())),
 	}); err != nil {
