@@ -1,12 +1,13 @@
 //! Argument dispatch, nothing else.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let mut args = std::env::args_os().skip(1).peekable();
+    let args: Vec<OsString> = std::env::args_os().collect();
     // Before anything can start a thread: a shim has exactly one.
-    if args.next_if(|arg| arg == "shim").is_some() {
-        return gantry::shim::main(args);
+    if args.get(1).is_some_and(|arg| arg == "shim") {
+        return gantry::shim::main(args.into_iter().skip(2));
     }
-    ExitCode::SUCCESS
+    gantry::cli::main(args, gantry::agent::main)
 }

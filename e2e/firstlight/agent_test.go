@@ -60,6 +60,7 @@ func TestAgentKilled(t *testing.T) {
 	t.Cleanup(func() { e.Command(t, "start-agent", "--node", node) }) // if a step failed in between
 
 	t.Run("at rest", func(t *testing.T) {
+		e := e.In(t)
 		restart(t)
 		// It works again: a new Pod starts, and an old one can be entered.
 		e.Create(e.Pod("after", "busybox:1.37", nil, kit.On(victimName), countedStarts))
@@ -67,6 +68,7 @@ func TestAgentKilled(t *testing.T) {
 		checkStartedOnce(t, e, "after", steady[0])
 	})
 	t.Run("in a pull", func(t *testing.T) {
+		e := e.In(t)
 		image := e.SlowImage("killed", 8*time.Second)
 		e.Create(e.Pod("pulling", image, nil, kit.On(victimName), countedStarts))
 		e.WaitEvent("pulling", "Pulling: ", 30*time.Second)
@@ -76,6 +78,7 @@ func TestAgentKilled(t *testing.T) {
 		checkStartedOnce(t, e, "pulling")
 	})
 	t.Run("in a create", func(t *testing.T) {
+		e := e.In(t)
 		var created []string
 		for i, delay := range []time.Duration{5, 20, 60, 120, 250, 500} {
 			name := fmt.Sprintf("created-%d", i)
@@ -93,6 +96,7 @@ func TestAgentKilled(t *testing.T) {
 		}
 	})
 	t.Run("in a delete", func(t *testing.T) {
+		e := e.In(t)
 		var deleted []string
 		for i, delay := range []time.Duration{10, 100, 500, 1500} {
 			name := fmt.Sprintf("deleted-%d", i)

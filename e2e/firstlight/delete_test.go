@@ -17,6 +17,7 @@ func TestDelete(t *testing.T) {
 	e := kit.New(t)
 
 	t.Run("TERM ends it", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("polite", "busybox:1.37", kit.Forever, kit.On(victimName), kit.Grace(30)))
 		e.WaitReady(60*time.Second, "polite")
 		e.Delete("polite")
@@ -25,6 +26,7 @@ func TestDelete(t *testing.T) {
 		}
 	})
 	t.Run("KILL at the deadline", func(t *testing.T) {
+		e := e.In(t)
 		const grace = 5
 		e.Create(e.Pod("stubborn", "busybox:1.37", []string{"sh", "-c", "trap 'echo got TERM' TERM; echo up; while :; do sleep 1; done"}, kit.On(victimName), kit.Grace(grace)))
 		e.WaitReady(60*time.Second, "stubborn")
@@ -52,6 +54,7 @@ func TestDelete(t *testing.T) {
 		}
 	})
 	t.Run("grace 0", func(t *testing.T) {
+		e := e.In(t)
 		marker := fmt.Sprintf("%d", 1e6+time.Now().UnixNano()%1e6)
 		e.Create(e.Pod("forced", "busybox:1.37", []string{"sleep", marker}, kit.On(victimName), kit.Grace(60)))
 		e.WaitReady(60*time.Second, "forced")
@@ -67,6 +70,7 @@ func TestDelete(t *testing.T) {
 		})
 	})
 	t.Run("while pulling", func(t *testing.T) {
+		e := e.In(t)
 		image := e.SlowImage("deleted", 30*time.Second)
 		e.Create(e.Pod("pulling", image, kit.Forever, kit.On(victimName)))
 		e.WaitEvent("pulling", "Pulling: ", 30*time.Second)

@@ -50,6 +50,7 @@ func TestFailures(t *testing.T) {
 	record := e.Record(node, "bystander")
 
 	t.Run("missing image", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("no-image", "no/such-image:7", nil, kit.On(node)))
 		image := e.Image("no/such-image:7")
 		waiting(t, e, "no-image", 30*time.Second, "ErrImagePull", image)
@@ -58,6 +59,7 @@ func TestFailures(t *testing.T) {
 		e.WaitEvent("no-image", "BackOff: Back-off pulling image \""+image+"\"", 10*time.Second)
 	})
 	t.Run("missing command", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("no-command", "busybox:1.37", []string{"/no/such/program"}, kit.On(node), kit.Never))
 		_, end := terminated(t, e, "no-command", 60*time.Second)
 		if end.Reason != "StartError" || end.ExitCode != 128 || !strings.Contains(end.Message, "/no/such/program") {
@@ -65,6 +67,7 @@ func TestFailures(t *testing.T) {
 		}
 	})
 	t.Run("missing command is retried", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("no-command-again", "busybox:1.37", []string{"/no/such/program"}, kit.On(node)))
 		e.WaitPod("no-command-again", 60*time.Second, "RunContainerError or CrashLoopBackOff, with the path", func(p *corev1.Pod) (bool, string) {
 			s := kit.Status(p, "main")
@@ -76,6 +79,7 @@ func TestFailures(t *testing.T) {
 		e.WaitEvent("no-command-again", "/no/such/program", 10*time.Second)
 	})
 	t.Run("exit codes", func(t *testing.T) {
+		e := e.In(t)
 		for _, c := range []struct {
 			name, script, reason string
 			code                 int32
@@ -93,12 +97,14 @@ func TestFailures(t *testing.T) {
 		}
 	})
 	t.Run("termination message", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("last-words", "busybox:1.37", []string{"sh", "-c", "echo -n 'the disk is on fire' > /dev/termination-log; exit 3"}, kit.On(node), kit.Never))
 		if _, end := terminated(t, e, "last-words", 60*time.Second); end.Message != "the disk is on fire" {
 			t.Errorf("message %q", end.Message)
 		}
 	})
 	t.Run("OOM", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("greedy", "busybox:1.37", []string{"dd", "if=/dev/zero", "of=/dev/null", "bs=256M", "count=1"},
 			kit.On(node), kit.Never, kit.Limit(corev1.ResourceMemory, "32Mi")))
 		if _, end := terminated(t, e, "greedy", 60*time.Second); end.Reason != "OOMKilled" || end.ExitCode != 137 {
@@ -106,6 +112,7 @@ func TestFailures(t *testing.T) {
 		}
 	})
 	t.Run("missing ConfigMap", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("no-config", "busybox:1.37", kit.Forever, kit.On(node), func(p *corev1.Pod) {
 			p.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{
 				LocalObjectReference: corev1.LocalObjectReference{Name: "settings"},
@@ -124,6 +131,7 @@ func TestFailures(t *testing.T) {
 		}
 	})
 	t.Run("too big", func(t *testing.T) {
+		e := e.In(t)
 		e.Create(e.Pod("too-big", "busybox:1.37", kit.Forever, kit.On(node), kit.Limit(corev1.ResourceCPU, "1000")))
 		pod := e.WaitPod("too-big", 30*time.Second, "rejected", func(p *corev1.Pod) (bool, string) {
 			return p.Status.Phase == corev1.PodFailed, kit.Describe(p)

@@ -454,7 +454,7 @@ fn parse_signal(text: &str) -> Option<i32> {
 }
 
 /// `Always` for `:latest` or no tag, otherwise `IfNotPresent`; the API server sets it, static manifests may not.
-fn default_policy(image: &str) -> &'static str {
+pub(super) fn default_policy(image: &str) -> &'static str {
     let last = image.rsplit('/').next().unwrap_or(image);
     let latest = !image.contains('@') && (!last.contains(':') || last.ends_with(":latest"));
     if latest { "Always" } else { "IfNotPresent" }

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{HTTPGetAction, LifecycleHandler};
+use k8s_openapi::api::core::v1::LifecycleHandler;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncReadExt;
 
@@ -85,15 +85,11 @@ impl Node {
             return Ok(());
         }
         if let Some(get) = &handler.http_get {
-            return self.hook_request(request, spec, get).await;
+            let pod_ip = request.observed.pod_ips.first().map(String::as_str);
+            return self.hook_request(&spec.container, get, pod_ip).await;
         }
         // tcpSocket is accepted by the API for old manifests, and kubelet does not run it either
         Err("invalid handler: it has neither exec, httpGet nor sleep".to_owned())
-    }
-
-    async fn hook_request(&self, request: &Request, spec: &ContainerSpec, get: &HTTPGetAction) -> Result<(), String> {
-        let pod_ip = request.observed.pod_ips.first().map(String::as_str).unwrap_or_default();
-        self.prober.hook(&spec.container, get, pod_ip).await.map_err(|error| error.to_string())
     }
 
     /// Runs a command in the newest instance of a container and collects the beginning of its output. Nothing of it

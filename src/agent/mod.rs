@@ -1,5 +1,21 @@
 //! Wires one node together: configuration in, running tasks out.
 
+mod admission;
+mod container;
+mod endpoints;
+mod hooks;
+mod images;
+mod logs;
+pub mod node;
 pub mod pods;
+mod probe;
 pub mod records;
 pub mod report;
+pub mod run;
+pub mod sandbox;
+mod serving;
+mod sources;
+mod stats;
+mod termination;
+
+pub use run::main;

@@ -1,6 +1,6 @@
 //! The node's parts, and the [`Effects`] that Pod workers act through.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -22,6 +22,7 @@ use crate::network::dns::NodeDns;
 use crate::node::client::ApiClient;
 use crate::node::events::{EventRecorder, EventType};
 use crate::objects::{FieldContext, ObjectCache, ServiceCache};
+use crate::pod::admission::SysctlAllowlist;
 use crate::pod::effects::{ApiAnswer, Effects, Failure, Outcome, Request};
 use crate::pod::model::{Desired, Observed};
 use crate::pod::plan::Action;
@@ -62,14 +63,16 @@ pub struct Node {
     pub launcher: ShimLauncher,
     /// What containers may get from this node.
     pub traits: NodeTraits,
+    /// Sysctls that Pods may set.
+    pub sysctls: SysctlAllowlist,
+    /// `status.declaredFeatures`.
+    pub declared_features: BTreeSet<String>,
     /// The Node object as last seen.
     pub object: watch::Receiver<Option<Arc<NodeObject>>>,
     /// The node's addresses, the primary first.
     pub addresses: Vec<IpAddr>,
     /// What the node offers, when there is no Node object to say it.
     pub allocatable: BTreeMap<String, Quantity>,
-    /// Ports of `Probe` and hook requests by name are looked up in the Pod; the client is shared.
-    pub prober: crate::pod::probe::Prober,
     pub(super) shims: Mutex<HashMap<String, Shim>>,
 }
 
@@ -126,6 +129,13 @@ impl Node {
         let object = self.object.borrow();
         let known = object.as_ref().and_then(|node| node.status.as_ref()?.allocatable.clone());
         known.unwrap_or_else(|| self.allocatable.clone())
+    }
+
+    /// `crashLoopBackOff.maxContainerRestartPeriod`, seconds (KEP-5593).
+    #[must_use]
+    pub fn max_restart_delay(&self) -> i64 {
+        let period = self.config.kubelet.crash_loop_back_off.max_container_restart_period;
+        period.and_then(|period| i64::try_from(period.std().as_secs()).ok()).unwrap_or(crate::pod::backoff::MAX_SECONDS)
     }
 
     /// Emits an event about a container.

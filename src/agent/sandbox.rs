@@ -1,6 +1,5 @@
 //! A Pod's sandbox: cgroup, namespaces and addresses, the files that describe them, and the shim.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -21,7 +20,7 @@ use crate::network::{HostPort, NetworkError, PodNetworkRequest, Protocol, hosts}
 use crate::node::events::EventType;
 use crate::pod::effects::{Failure, Request, RuntimeEvent};
 use crate::pod::fold::Found;
-use crate::pod::model::{Admission, Desired, Instance, Observed};
+use crate::pod::model::{Desired, Instance, Observed};
 use crate::runtime::client::{ContainerRecord, Shim, ShimError, ShimEvent, ShimOptions, read_records};
 
 /// File in a container's directory: the [`Instance`] as it was before it was created.
@@ -314,12 +313,6 @@ impl Node {
             found.push(Found { name: record.request.name.clone(), instance });
         }
         crate::pod::fold::adopt(desired, observed, &found, shim.is_some(), Timestamp::now());
-    }
-
-    pub(super) fn admit(&self, desired: &Desired) -> Admission {
-        let object = self.object.borrow().clone();
-        let allocatable = self.allocatable();
-        self.pods.admit(desired.uid(), |others| super::admission::admit(desired, others, object.as_deref(), &allocatable))
     }
 }
 

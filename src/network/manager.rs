@@ -17,7 +17,7 @@ use super::ipam::{Pool, Subnet};
 use super::link::Links;
 use super::namespace::{self, Kind, Pins};
 use super::record::{self, Phase, PodAddress, Record};
-use super::{Context, NetworkConfig, NetworkError, PodNetwork, PodNetworkRequest, sysctl};
+use super::{Context, HostPort, NetworkConfig, NetworkError, PodNetwork, PodNetworkRequest, sysctl};
 
 /// The kernel serializes most network changes; more threads would only wait.
 const MAX_THREADS: usize = 16;
@@ -302,8 +302,11 @@ impl Shared {
     /// Takes addresses and host ports and records them. An address once recorded is the Pod's until it is torn down.
     fn reserve(&self, request: &PodNetworkRequest, known: Option<Record>) -> Result<Record, NetworkError> {
         let mut state = lock(&self.state);
-        let host_ports = if request.host_network { Vec::new() } else { request.host_ports.clone() };
-        check_host_ports(&host_ports, &request.uid, &state)?;
+        let mut host_ports = Vec::new();
+        if !request.host_network {
+            check_host_ports(request, &state)?;
+            host_ports.clone_from(&request.host_ports);
+        }
         let addresses = match known {
             Some(known) if known.host_network == request.host_network => known.addresses,
             Some(known) if request.host_network => {
@@ -480,33 +483,24 @@ fn allocate(state: &mut State) -> Result<Vec<PodAddress>, NetworkError> {
     Ok(addresses)
 }
 
-/// Refuses ports that another Pod has. (The scheduler avoids this; static Pods and Pods bound by hand do not ask it.)
-fn check_host_ports(wanted: &[super::HostPort], uid: &str, state: &State) -> Result<(), NetworkError> {
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    for other in state.pods.values().filter(|other| other.uid != uid) {
-        for port in wanted {
-            let same = |taken: &super::HostPort| {
-                (taken.protocol, taken.host_port) == (port.protocol, port.host_port)
-                    && taken.specific_host_ip() == port.specific_host_ip()
-                    && overlap(taken.host_ip, port.host_ip)
-            };
-            if other.host_ports.iter().any(same) {
-                let owner = format!("{}/{}", other.namespace, other.name);
-                return Err(NetworkError::HostPortInUse { port: *port, owner });
-            }
+/// Refuses ports that another Pod has, or that the Pod wants twice. (The API server and the scheduler avoid both; static
+/// Pods and Pods bound by hand do not ask them.)
+fn check_host_ports(request: &PodNetworkRequest, state: &State) -> Result<(), NetworkError> {
+    let in_use = |port: &HostPort, namespace: &str, name: &str| {
+        Err(NetworkError::HostPortInUse { port: *port, owner: format!("{namespace}/{name}") })
+    };
+    for (position, port) in request.host_ports.iter().enumerate() {
+        if request.host_ports[..position].iter().any(|earlier| earlier.conflicts_with(port)) {
+            return in_use(port, &request.namespace, &request.name);
+        }
+        let taken = |other: &&Record| {
+            other.uid != request.uid && other.host_ports.iter().any(|taken| taken.conflicts_with(port))
+        };
+        if let Some(owner) = state.pods.values().find(taken) {
+            return in_use(port, &owner.namespace, &owner.name);
         }
     }
     Ok(())
-}
-
-/// Two wildcards overlap unless they are of different families.
-fn overlap(one: Option<IpAddr>, other: Option<IpAddr>) -> bool {
-    match (one, other) {
-        (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4(),
-        _ => true,
-    }
 }
 
 fn check_uid(uid: &str) -> Result<(), NetworkError> {

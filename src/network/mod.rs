@@ -55,8 +55,8 @@ pub use sysctl::SysctlError;
 /// Settings of the built-in network.
 #[derive(Debug, Clone)]
 pub struct NetworkConfig {
-    /// The agent's run directory; Pods are below `pods/<uid>`. It must be on a file system that a reboot clears or
-    /// keeps as a whole, and not mounted `nosuid`-private per process: namespaces are pinned there.
+    /// The agent's run directory. Pods are below `pods/<uid>`, which the network creates if needed and removes if
+    /// nothing else is left in it; namespaces are pinned there.
     pub state_dir: PathBuf,
     /// Name of the bridge, at most 15 bytes; `gantry0` by default.
     pub bridge: String,

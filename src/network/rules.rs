@@ -150,8 +150,16 @@ impl HostPort {
     }
 
     /// The one address it is open on, none for all.
-    pub(super) fn specific_host_ip(&self) -> Option<IpAddr> {
+    fn specific_host_ip(&self) -> Option<IpAddr> {
         self.host_ip.filter(|ip| !ip.is_unspecified())
+    }
+
+    /// Whether both would be the same key of a map. A port on one address and the same on all do not conflict: the more
+    /// specific one wins.
+    pub(super) fn conflicts_with(&self, other: &Self) -> bool {
+        let key = |port: &Self| (port.protocol, port.host_port, port.specific_host_ip());
+        let share_family = [Family::V4, Family::V6].iter().any(|f| self.serves(*f) && other.serves(*f));
+        key(self) == key(other) && share_family
     }
 }
 

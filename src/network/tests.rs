@@ -309,6 +309,11 @@ fn a_host_port_belongs_to_one_pod() {
         network.set_up(&with("f", host_port(Protocol::Sctp, None, 8080, 80))).await.unwrap();
         network.tear_down("a").await.unwrap();
         network.set_up(&with("b", taken)).await.unwrap();
+        let twice = vec![host_port(Protocol::Tcp, None, 90, 1), host_port(Protocol::Tcp, Some("::"), 90, 2)];
+        let error = network.set_up(&PodNetworkRequest { host_ports: twice, ..request("g") }).await.unwrap_err();
+        assert_eq!(error.to_string(), "host port [::]:90/TCP is in use by Pod default/pod-g");
+        let both = vec![host_port(Protocol::Tcp, Some("0.0.0.0"), 90, 1), host_port(Protocol::Tcp, Some("::"), 90, 2)];
+        network.set_up(&PodNetworkRequest { host_ports: both, ..request("g") }).await.unwrap();
     });
 }
 

@@ -1,1 +1,26 @@
-//! The Node object: registration, status, lease, certificates, events.
+//! The node towards the cluster: credentials, the Node object, its Lease, events.
+
+pub mod address;
+pub mod bootstrap;
+pub mod certs;
+pub mod client;
+mod correlate;
+mod csr;
+pub mod events;
+#[cfg(test)]
+pub(crate) mod fake;
+pub mod heartbeat;
+pub mod lease;
+pub mod machine;
+mod rate;
+pub mod register;
+pub mod resolve;
+pub mod rotation;
+pub mod status;
+
+pub use client::{ApiClient, Limits};
+pub use events::{EventRecorder, EventType};
+pub use heartbeat::NodeKeeper;
+pub use machine::MachineInfo;
+pub use rate::TokenBucket;
+pub use status::{DeviceResources, NodeFacts, NodeHealth};

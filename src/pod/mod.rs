@@ -1,11 +1,14 @@
 //! The heart: what a Pod should do next (`plan`), what it looks like (`status`) and the task that owns it (`worker`).
 
+pub mod admission;
 pub mod backoff;
 mod conditions;
 pub mod effects;
+pub mod env;
 pub mod fold;
 pub mod model;
 pub mod plan;
+pub mod probe;
 pub mod probes;
 pub mod rules;
 #[cfg(test)]

@@ -21,11 +21,11 @@ use tokio::sync::broadcast;
 
 pub use self::launcher::{ShimLauncher, ShimOptions};
 use self::link::Link;
-pub use crate::shim::protocol::{CreateRequest, Created, ExecRequest, Hello, Started};
 use crate::shim::protocol::{
     AttachRequest, ContainerRef, ErrorBody, ErrorKind, Event, ExecRef, ExecSignalRequest, ExecStarted, ExecState,
     PidNamespace, ResizeRequest, ShutdownRequest, SignalRequest, command,
 };
+pub use crate::shim::protocol::{CreateRequest, Created, ExecRequest, Hello, Started};
 pub use crate::shim::record::{ContainerRecord, ExitRecord, process_start_time, read_records};
 
 /// Deadline of requests that only need the shim to be alive.
@@ -138,7 +138,12 @@ impl Shim {
         Ok(shim)
     }
 
-    async fn ask<A: Serialize, T: DeserializeOwned>(&self, name: &str, args: &A, deadline: Duration) -> Result<T, ShimError> {
+    async fn ask<A: Serialize, T: DeserializeOwned>(
+        &self,
+        name: &str,
+        args: &A,
+        deadline: Duration,
+    ) -> Result<T, ShimError> {
         let (value, _) = self.link.request(name, args, Vec::new(), deadline).await?;
         decode(value)
     }
@@ -285,7 +290,9 @@ impl ExecHandle {
         loop {
             match self.events.recv().await {
                 Ok(ShimEvent::ExecExited { exec_id, exit }) if exec_id == self.exec_id => return Ok(exit),
-                Ok(ShimEvent::Disconnected) | Err(broadcast::error::RecvError::Closed) => return Err(ShimError::Disconnected),
+                Ok(ShimEvent::Disconnected) | Err(broadcast::error::RecvError::Closed) => {
+                    return Err(ShimError::Disconnected);
+                }
                 Err(broadcast::error::RecvError::Lagged(_)) => {
                     if let Some(exit) = self.shim.exec_state(&self.exec_id).await? {
                         return Ok(exit);

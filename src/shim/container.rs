@@ -34,7 +34,10 @@ pub(super) enum Phase {
     Created,
     Running,
     /// Its init is reaped; its pipes are being emptied until the deadline.
-    Draining { exit: ExitRecord, until: Instant },
+    Draining {
+        exit: ExitRecord,
+        until: Instant,
+    },
     Exited,
 }
 

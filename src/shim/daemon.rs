@@ -7,6 +7,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
@@ -25,6 +26,9 @@ pub const LOCK_FILE: &str = "shim.lock";
 /// What the shim has to say, bounded.
 pub const LOG_FILE: &str = "shim.log";
 
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
+
 struct Options {
     pod_dir: PathBuf,
     oom_score_adj: i32,
@@ -42,7 +46,8 @@ impl Options {
                 "--pod-dir" => pod_dir = Some(PathBuf::from(value)),
                 "--cgroup" => cgroup = Some(PathBuf::from(value)),
                 "--oom-score-adj" => {
-                    oom_score_adj = value.to_str().and_then(|v| v.parse().ok()).ok_or("--oom-score-adj needs a number")?;
+                    oom_score_adj =
+                        value.to_str().and_then(|v| v.parse().ok()).ok_or("--oom-score-adj needs a number")?;
                 }
                 _ => return Err(format!("unknown option {name}; known are --pod-dir, --cgroup and --oom-score-adj")),
             }
@@ -93,10 +98,27 @@ fn start(options: &Options) -> Result<(), String> {
     }
 }
 
+/// A shim that was just killed has closed its socket before its lock: worth a moment's patience.
 fn lock() -> Result<Flock<File>, String> {
-    let file = OpenOptions::new().create(true).write(true).truncate(false).mode(0o600).open(LOCK_FILE);
-    Flock::lock(file.map_err(|e| e.to_string())?, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| "another shim serves this Pod".to_owned())
+    let until = Instant::now() + LOCK_PATIENCE;
+    let mut file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(LOCK_FILE)
+        .map_err(|e| e.to_string())?;
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(locked),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() >= until => {
+                return Err("another shim serves this Pod".to_owned());
+            }
+            Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
+            Err((_, error)) => return Err(error.to_string()),
+        };
+        std::thread::sleep(LOCK_RETRY);
+    }
 }
 
 /// The path of a socket is at most 108 bytes; a name in the working directory always fits. The lock is held, so

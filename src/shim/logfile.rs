@@ -138,7 +138,9 @@ impl LogFile {
         let prefix = format!("{}.", name.to_string_lossy());
         let mut rotated: Vec<String> = fs::read_dir(dir)?
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter(|name| name.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())))
+            .filter(|name| {
+                name.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+            })
             // A temporary file of the compressor belongs to the compressor.
             .filter(|name| !name.ends_with(".tmp"))
             .collect();

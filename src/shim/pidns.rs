@@ -51,7 +51,13 @@ impl PidNamespace {
         if !failure.is_empty() {
             return Err(io::Error::other(failure));
         }
-        let pinned = mount(Some(&PathBuf::from(format!("/proc/{init}/ns/pid"))), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>);
+        let pinned = mount(
+            Some(&PathBuf::from(format!("/proc/{init}/ns/pid"))),
+            &path,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        );
         if let Err(error) = pinned {
             let _gone = kill(init, Signal::SIGKILL);
             return Err(error.into());

@@ -173,7 +173,8 @@ pub(crate) struct ProcessStat {
 
 pub(crate) fn process_stat(pid: i32) -> io::Result<ProcessStat> {
     let text = fs::read(format!("/proc/{pid}/stat"))?;
-    parse_stat(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not as expected")))
+    parse_stat(&text)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not as expected")))
 }
 
 /// The second field is the command's name in parentheses and may hold anything: count from the last parenthesis.
@@ -208,12 +209,24 @@ mod tests {
         fs::create_dir_all(&dir)?;
         let request = CreateRequest { container_id: "a".repeat(64), container_dir: dir.clone(), ..Default::default() };
         let now = Timestamp::now();
-        let record =
-            ContainerRecord { request, pid: Some(7), start_time: 9, created_at: Some(now), started_at: None, exit: None };
+        let record = ContainerRecord {
+            request,
+            pid: Some(7),
+            start_time: 9,
+            created_at: Some(now),
+            started_at: None,
+            exit: None,
+        };
         record.write()?;
         let exit = ExitRecord {
-            pid: 7, exit_code: 137, signal: Some(9), finished_at: now, oom_killed: true,
-            timed_out: false, lost: false, start_error: None,
+            pid: 7,
+            exit_code: 137,
+            signal: Some(9),
+            finished_at: now,
+            oom_killed: true,
+            timed_out: false,
+            lost: false,
+            start_error: None,
         };
         write_json(&dir, EXIT_FILE, &exit)?;
         assert_eq!(read_records(pod.path())?, vec![ContainerRecord { exit: Some(exit), ..record }]);

@@ -88,8 +88,9 @@ pub fn bounding_set() -> u64 {
 /// Without `no_new_privs` this needs CAP_SYS_ADMIN. `flags` are `SECCOMP_FILTER_FLAG_*`.
 pub fn load_seccomp(program: &[u8], flags: u64) -> io::Result<()> {
     let size = mem::size_of::<libc::sock_filter>();
-    let count = u16::try_from(program.len() / size)
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the seccomp filter has more than 65535 instructions"))?;
+    let count = u16::try_from(program.len() / size).map_err(|_| {
+        io::Error::new(io::ErrorKind::InvalidInput, "the seccomp filter has more than 65535 instructions")
+    })?;
     // Bytes read from a file have no alignment; the kernel wants an array.
     let filters: Vec<libc::sock_filter> = program
         .chunks_exact(size)
@@ -102,9 +103,7 @@ pub fn load_seccomp(program: &[u8], flags: u64) -> io::Result<()> {
         .collect();
     let description = libc::sock_fprog { len: count, filter: filters.as_ptr().cast_mut() };
     // SAFETY: the description points at `count` instructions that outlive the call; the kernel copies and checks them.
-    check(unsafe {
-        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const description)
-    })
+    check(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const description) })
 }
 
 /// Puts every signal back to its default disposition and unblocks all: `execve` keeps ignored and blocked ones.

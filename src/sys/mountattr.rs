@@ -19,12 +19,8 @@ pub struct MountAttributes {
 
 /// Changes the mount (tree) whose root `mount` is, which may be detached.
 pub fn mount_setattr(mount: impl AsFd, attributes: &MountAttributes) -> io::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: attributes.set,
-        attr_clr: 0,
-        propagation: attributes.propagation,
-        userns_fd: 0,
-    };
+    let attr =
+        libc::mount_attr { attr_set: attributes.set, attr_clr: 0, propagation: attributes.propagation, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | if attributes.recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: an empty C string, and a struct of the size that is passed; both outlive the call.
     let result = unsafe {

@@ -71,7 +71,8 @@ async fn seccomp_holds_for_any_user_and_for_exec() {
             seccomp: Some(serde_json::from_value(profile()).expect("profile")),
             mounts: Vec::new(),
         };
-        fs::set_permissions(draft.rootfs().join("tmp"), std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("tmp");
+        fs::set_permissions(draft.rootfs().join("tmp"), std::os::unix::fs::PermissionsExt::from_mode(0o777))
+            .expect("tmp");
         pod.create(&draft).await.expect("create");
         pod.shim.start(draft.id()).await.expect("start");
         let (exec, _) = pod.exec(&draft, &format!("e{uid}{no_new_privs}"), &probe).await;
@@ -169,9 +170,13 @@ async fn the_shim_is_small_and_has_one_thread() {
     assert_eq!(fs::read_dir(format!("/proc/{}/task", hello.pid)).expect("task").count(), 1);
     assert!(fs::read(format!("/proc/{}/environ", hello.pid)).expect("environ").is_empty());
     let smaps = fs::read_to_string(format!("/proc/{}/smaps_rollup", hello.pid)).expect("smaps");
-    let private: u64 = smaps.lines().filter_map(|l| l.strip_prefix("Private_Dirty:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()).sum();
-    assert!(private < 600, "{private} kB private: {smaps}");
-    println!("private dirty: {private} kB");
+    // Not Private_Dirty: pages of a binary that was linked a moment ago are dirty as well.
+    let own = smaps
+        .lines()
+        .find_map(|l| l.strip_prefix("Anonymous:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    let own = own.expect("Anonymous");
+    println!("memory of its own: {own} kB");
+    assert!(own <= 300, "{own} kB: {smaps}");
     pod.shim.signal(draft.id(), 9, false).await.expect("kill");
     pod.exit_of(draft.id()).await;
 }
@@ -187,4 +192,38 @@ async fn the_binary_cannot_be_written_through_proc() {
     assert!(!plain.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY), "this test would prove nothing");
     let draft = pod.draft("app", "true");
     assert_eq!(pod.run(&draft).await.exit_code, 0);
+}
+
+#[tokio::test]
+async fn an_exec_joins_the_user_namespace() {
+    const PROBE: &str = "cat /proc/self/uid_map | tr -s ' '; id -u; id -G; touch /root/x && echo wrote; grep CapEff /proc/self/status; grep Seccomp: /proc/self/status";
+    let mut pod = Pod::new().await;
+    let mut draft = pod.draft("users", &format!("{PROBE}; sleep 1000"));
+    let mapping = json!([{"containerID": 0, "hostID": 200_000, "size": 65536}]);
+    draft.spec["linux"]["namespaces"].as_array_mut().expect("list").push(json!({"type": "user"}));
+    draft.spec["linux"]["uidMappings"] = mapping.clone();
+    draft.spec["linux"]["gidMappings"] = mapping;
+    draft.setup.seccomp = Some(serde_json::from_value(profile()).expect("profile"));
+    // The agent mounts roots shifted; here the files are.
+    shift(&draft.rootfs());
+    fs::set_permissions(pod.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).expect("mode");
+    pod.create(&draft).await.expect("create");
+    pod.shim.start(draft.id()).await.expect("start");
+    let (exec, _) = pod.exec(&draft, "e", PROBE).await;
+    let expected = format!(" 0 200000 65536\n0\n0\nwrote\nCapEff:\t{}\nSeccomp:\t2\n", mask(&DEFAULT_CAPS));
+    assert_eq!(exec, expected);
+    draft.spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [77]});
+    let (exec, _) = pod.exec(&draft, "u", PROBE).await;
+    assert!(exec.contains("\n1000\n1000 77\n") && !exec.contains("wrote"), "{exec}");
+    assert_eq!(field(&exec, "CapEff"), mask(&[]), "{exec}");
+    pod.shim.signal(draft.id(), 9, false).await.expect("kill");
+    pod.exit_of(draft.id()).await;
+    assert_eq!(pod.log(&draft).join("\n").replace("stdout:", "") + "\n", expected);
+}
+
+fn shift(path: &std::path::Path) {
+    std::os::unix::fs::lchown(path, Some(200_000), Some(200_000)).expect("chown");
+    if path.is_dir() && !path.is_symlink() {
+        fs::read_dir(path).expect("dir").for_each(|entry| shift(&entry.expect("entry").path()));
+    }
 }

@@ -95,8 +95,13 @@ async fn many_at_once_leave_nothing_behind() {
         assert_eq!(usize::try_from(handle.await.expect("join")).expect("code"), n);
     }
     let mut left: Vec<String> = Vec::new();
-    for dir in [draft.request.container_dir.join("libcontainer"), draft.request.container_dir.join("libcontainer").join(draft.id())] {
-        left.extend(fs::read_dir(dir).expect("state").map(|e| e.expect("entry").file_name().to_string_lossy().into_owned()));
+    for dir in [
+        draft.request.container_dir.join("libcontainer"),
+        draft.request.container_dir.join("libcontainer").join(draft.id()),
+    ] {
+        left.extend(
+            fs::read_dir(dir).expect("state").map(|e| e.expect("entry").file_name().to_string_lossy().into_owned()),
+        );
     }
     assert!(!left.iter().any(|name| name.starts_with("tenant-") || name.starts_with("exec-")), "{left:?}");
     pod.shim.signal(draft.id(), 9, true).await.expect("kill");

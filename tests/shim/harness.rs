@@ -7,7 +7,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use gantry::runtime::client::{ContainerRecord, CreateRequest, ExecRequest, ExecStdio, ExitRecord, Shim, ShimEvent, ShimLauncher, ShimOptions};
+use gantry::runtime::client::{
+    ContainerRecord, CreateRequest, ExecRequest, ExecStdio, ExitRecord, Shim, ShimEvent, ShimLauncher, ShimOptions,
+};
 use gantry::shim::bundle::{CapabilitySets, Setup};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::Receiver;
@@ -16,8 +18,20 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 /// containerd's default capabilities.
 pub const DEFAULT_CAPS: [&str; 14] = [
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-    "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
 ];
 
 pub fn caps(names: &[&str]) -> CapabilitySets {
@@ -116,7 +130,9 @@ impl Pod {
                     return exit;
                 }
                 match self.events.recv().await.expect("event") {
-                    ShimEvent::Exited(record) if record.request.container_id == id => return record.exit.expect("exit"),
+                    ShimEvent::Exited(record) if record.request.container_id == id => {
+                        return record.exit.expect("exit");
+                    }
                     ShimEvent::Disconnected => panic!("the shim is gone"),
                     _ => {}
                 }
@@ -147,7 +163,11 @@ impl Pod {
         request.process.set_args(Some(args.iter().map(|arg| (*arg).to_owned()).collect()));
         request.timeout_ms = Some(10_000);
         let (mut reader, writer) = std::io::pipe().expect("pipe");
-        let stdio = ExecStdio { stdin: None, stdout: Some(writer.try_clone().expect("dup").into()), stderr: Some(writer.into()) };
+        let stdio = ExecStdio {
+            stdin: None,
+            stdout: Some(writer.try_clone().expect("dup").into()),
+            stderr: Some(writer.into()),
+        };
         let mut handle = self.shim.exec(request, stdio).await.expect("exec");
         let exit = handle.wait().await.expect("wait");
         let mut output = String::new();
@@ -169,12 +189,13 @@ impl Pod {
         }
     }
 
-
     /// Every directory of this Pod's cgroups.
     pub fn cgroup_dirs(&self) -> Vec<PathBuf> {
         let relative = self.cgroup.strip_prefix("/").expect("absolute");
         let mut roots = vec![PathBuf::from("/sys/fs/cgroup")];
-        roots.extend(fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path()).filter(|p| p.is_dir()));
+        roots.extend(
+            fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path()).filter(|p| p.is_dir()),
+        );
         roots.into_iter().map(|root| root.join(relative)).filter(|dir| dir.is_dir()).collect()
     }
 }
@@ -213,7 +234,11 @@ fn make_rootfs(rootfs: &Path) {
         fs::create_dir_all(rootfs.join(dir)).expect("rootfs");
     }
     fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("install busybox-static");
-    for applet in ["sh", "cat", "echo", "sleep", "true", "false", "id", "env", "ls", "grep", "mkdir", "mount", "kill", "tail", "head", "touch", "pwd", "stty", "tr", "seq", "yes", "unshare", "ps", "wc", "ln", "sed", "umount", "setsid", "rm", "readlink", "cut"] {
+    for applet in [
+        "sh", "cat", "echo", "sleep", "true", "false", "id", "env", "ls", "grep", "mkdir", "mount", "kill", "tail",
+        "head", "touch", "pwd", "stty", "tr", "seq", "yes", "unshare", "ps", "wc", "ln", "sed", "umount", "setsid",
+        "rm", "readlink", "cut",
+    ] {
         symlink("busybox", rootfs.join("bin").join(applet)).expect("applet");
     }
 }
@@ -241,7 +266,8 @@ impl Drop for Pod {
             }
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let mut points: Vec<&str> = mounts.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&mine)).collect();
+        let mut points: Vec<&str> =
+            mounts.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&mine)).collect();
         points.reverse();
         for point in points {
             let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);

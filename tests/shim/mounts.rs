@@ -52,7 +52,15 @@ async fn access_and_propagation_are_per_mount() {
     let (text, _) = pod.exec(&draft, "look", "grep ' /v-' /proc/self/mountinfo; for d in rw ro rro; do for s in '' /inner; do touch /v-$d$s/f 2>/dev/null && echo $d$s=w || echo $d$s=r; done; done").await;
     let writable: Vec<&str> = text.lines().filter(|l| l.ends_with("=w") || l.ends_with("=r")).collect();
     assert_eq!(writable, ["rw=w", "rw/inner=w", "ro=r", "ro/inner=w", "rro=r", "rro/inner=r"], "{text}");
-    let optional = |point: &str| text.lines().find(|l| l.contains(&format!(" {point} "))).expect(point).split(" - ").next().expect("fields").to_owned();
+    let optional = |point: &str| {
+        text.lines()
+            .find(|l| l.contains(&format!(" {point} ")))
+            .expect(point)
+            .split(" - ")
+            .next()
+            .expect("fields")
+            .to_owned()
+    };
     assert!(optional("/v-rw").contains("shared:"), "{text}");
     assert!(optional("/v-ro").contains("master:") && !optional("/v-ro").contains("shared:"), "{text}");
     assert!(!optional("/v-rro").contains("shared:") && !optional("/v-rro").contains("master:"), "{text}");
@@ -60,7 +68,9 @@ async fn access_and_propagation_are_per_mount() {
     // What the node mounts later travels to the first two only.
     fs::create_dir(volume.join("late")).expect("late");
     mount(Some("tmpfs"), &volume.join("late"), Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("late tmpfs");
-    let (text, _) = pod.exec(&draft, "late", "for d in rw ro rro; do grep -q \" /v-$d/late \" /proc/self/mountinfo && echo $d; done").await;
+    let (text, _) = pod
+        .exec(&draft, "late", "for d in rw ro rro; do grep -q \" /v-$d/late \" /proc/self/mountinfo && echo $d; done")
+        .await;
     assert_eq!(text, "rw\nro\n");
     // And what the container mounts into the first comes back.
     pod.shim.signal(draft.id(), 9, false).await.expect("kill");
@@ -77,7 +87,9 @@ async fn bidirectional_needs_a_shared_source() {
     fs::create_dir(&volume).expect("volume");
     mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("tmpfs");
     mount(None::<&str>, &volume, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).expect("private");
-    for (propagation, text) in [(Propagation::Shared, "not a shared mount"), (Propagation::Slave, "not a shared or slave mount")] {
+    for (propagation, text) in
+        [(Propagation::Shared, "not a shared mount"), (Propagation::Slave, "not a shared or slave mount")]
+    {
         let mut draft = pod.draft("app", "true");
         draft.setup.mounts = vec![BindMount { propagation, ..bind(&volume, "/v") }];
         let Err(ShimError::Create(error)) = pod.create(&draft).await else { panic!("created") };
@@ -91,7 +103,8 @@ async fn sub_paths_files_and_missing_parents() {
     let volume = pod.dir.path().join("volume");
     fs::create_dir_all(volume.join("data")).expect("volume");
     fs::write(volume.join("data/key"), "value").expect("file");
-    let mut draft = pod.draft("app", "cat /etc/app/key; cat /deep/er/dir/key; echo x > /made/f; cat /dev/log-here; pwd; ls");
+    let mut draft =
+        pod.draft("app", "cat /etc/app/key; cat /deep/er/dir/key; echo x > /made/f; cat /dev/log-here; pwd; ls");
     draft.setup.mounts = vec![
         BindMount { sub_path: Some("data/key".into()), ..bind(&volume, "/etc/app/key") },
         BindMount { sub_path: Some("data".into()), access: Access::ReadOnly, ..bind(&volume, "/deep/er/dir") },

@@ -106,7 +106,8 @@ async fn containers_can_share_a_pid_namespace() {
     let (ps, _) = pod.exec(&drafts[1], "ps", "ps").await;
     assert!(["sleep 4321", "sleep 1234", "sleep 5678"].iter().all(|p| ps.contains(p)), "{ps}");
     // The init has nothing to take: another user, an empty root, no capabilities.
-    let (init, _) = pod.exec(&drafts[1], "init", "grep -E '^(Name|Uid|CapPrm|CapBnd)' /proc/1/status; ls /proc/1/root/ 2>&1").await;
+    let (init, _) =
+        pod.exec(&drafts[1], "init", "grep -E '^(Name|Uid|CapPrm|CapBnd)' /proc/1/status; ls /proc/1/root/ 2>&1").await;
     assert!(init.contains("pause") && init.contains("65535"), "{init}");
     assert_eq!(init.matches("0000000000000000").count(), 2, "{init}");
 
@@ -126,7 +127,8 @@ async fn a_forced_shutdown_records_exits() {
     let draft = pod.draft("app", "sleep 1000");
     pod.create(&draft).await.expect("create");
     pod.shim.start(draft.id()).await.expect("start");
-    let _running = pod.shim.exec(pod.exec_request(&draft, "e", "sleep 1000"), ExecStdio::default()).await.expect("exec");
+    let _running =
+        pod.shim.exec(pod.exec_request(&draft, "e", "sleep 1000"), ExecStdio::default()).await.expect("exec");
     tokio::time::timeout(Duration::from_secs(5), pod.shim.shutdown(true)).await.expect("in time").expect("shutdown");
     assert_eq!(read_records(pod.dir.path()).expect("records")[0].exit.as_ref().map(|e| e.exit_code), Some(137));
 }

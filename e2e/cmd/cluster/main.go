@@ -52,7 +52,7 @@ func home() (cluster.Home, error) {
 		Clusters: or("GANTRY_CLUSTER_DIR", "build/clusters"),
 		Bin:      filepath.Join(repository, "build/bin"),
 		Images:   filepath.Join(repository, "build/images/layout"),
-		Gantry:   or("GANTRY_BIN", "target/release/gantry"),
+		Gantry:   or("GANTRY_BIN", newest(repository, "target/release/gantry", "target/x86_64-unknown-linux-gnu/release/gantry")),
 		Guest:    filepath.Join(repository, "build/guest"),
 	}
 	for _, path := range []*string{&h.Clusters, &h.Gantry} {
@@ -63,6 +63,18 @@ func home() (cluster.Home, error) {
 		*path = absolute
 	}
 	return h, nil
+}
+
+// newest is the file that was built last: cargo puts it into a directory of the
+// target's name if a target is configured.
+func newest(dir string, files ...string) string {
+	best, built := files[0], time.Time{}
+	for _, file := range files {
+		if info, err := os.Stat(filepath.Join(dir, file)); err == nil && info.ModTime().After(built) {
+			best, built = file, info.ModTime()
+		}
+	}
+	return best
 }
 
 func root() *cobra.Command {
@@ -126,9 +138,10 @@ func upCommand() *cobra.Command {
 				return fmt.Errorf("images: %w", err)
 			}
 			c, err := h.Up(cmd.Context(), options)
-			if c != nil {
-				defer c.Close()
+			if c == nil {
+				return err
 			}
+			defer c.Close()
 			if err != nil {
 				return fmt.Errorf("%w\nhack/cluster logs --name %s shows more, hack/cluster down --name %s cleans up", err, options.Name, options.Name)
 			}

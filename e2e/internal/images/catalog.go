@@ -169,7 +169,7 @@ http {
 
 // nginxImage has three uncompressed layers; the last one replaces a file and
 // removes a directory of the one before. The program is the one of the Debian
-// release; the label tells its version.
+// release, which is older than the tag that the tests' manifests ask for.
 func (b *builder) nginxImage(ctx context.Context) error {
 	base, err := b.debianLayer(ctx, uncompressed, basePackages, nil, debianBase)
 	if err != nil {

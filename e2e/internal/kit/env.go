@@ -58,6 +58,13 @@ func New(t testing.TB) *Env {
 	return e
 }
 
+// In is the same namespace in a subtest, which is then the one that fails.
+func (e *Env) In(t testing.TB) *Env {
+	sub := *e
+	sub.t = t
+	return &sub
+}
+
 // Dump prints what explains a failure.
 func (e *Env) Dump() {
 	for _, args := range [][]string{{"get", "nodes,pods", "-o", "wide"}, {"describe", "pods"}} {

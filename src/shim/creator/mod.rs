@@ -24,8 +24,8 @@ use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
 use serde::{Deserialize, Serialize};
 
@@ -196,7 +196,8 @@ fn enter_and_attach(pid: i32, trees: Vec<mounts::Tree>, cwd: &Path) -> Result<()
 }
 
 fn start(request: &CreateRequest) -> Done {
-    let mut container = Container::load(state_root(&request.container_dir).join(&request.container_id)).map_err(chain)?;
+    let mut container =
+        Container::load(state_root(&request.container_dir).join(&request.container_id)).map_err(chain)?;
     container.start().map_err(chain)?;
     Ok((Outcome::default(), None))
 }
@@ -342,8 +343,7 @@ fn receive_fd(socket: impl AsFd) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
     let mut bytes = vec![0; 16 << 10];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received =
-        recvmsg(socket, &mut [io::IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let received = recvmsg(socket, &mut [io::IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     bytes.truncate(received.bytes);
     let fd = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),

@@ -19,8 +19,15 @@ use crate::sys::mountattr::{MountAttributes, mount_setattr};
 const PROC_MAGIC: rustix::fs::FsWord = 0x9fa0;
 /// What may be mounted over in /proc: runc's list (lxcfs and friends).
 const PROC_FILES: [&str; 9] = [
-    "/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime",
-    "/proc/loadavg", "/proc/slabinfo", "/proc/sys/kernel/ns_last_pid",
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/slabinfo",
+    "/proc/sys/kernel/ns_last_pid",
 ];
 
 /// A detached tree and where it goes.
@@ -38,7 +45,8 @@ pub(super) fn clone_all(mounts: &[BindMount]) -> Result<Vec<Tree>, String> {
 }
 
 fn describe(mount: &BindMount) -> String {
-    let sub_path = mount.sub_path.as_ref().map(|p| format!(" (subPath {:?})", p.display().to_string())).unwrap_or_default();
+    let sub_path =
+        mount.sub_path.as_ref().map(|p| format!(" (subPath {:?})", p.display().to_string())).unwrap_or_default();
     format!("{}{sub_path} at {}", mount.source.display(), mount.destination.display())
 }
 

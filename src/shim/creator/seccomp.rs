@@ -167,11 +167,11 @@ fn unknown_is_enosys(last_known: i32) -> Vec<u8> {
     // SECCOMP_RET_ERRNO | ENOSYS
     let enosys = 0x0005_0000 | libc::ENOSYS.cast_unsigned();
     let instructions: [(u16, u8, u8, u32); 6] = [
-        (LOAD, 0, 0, 4),                       // arch
-        (JUMP_EQUAL, 0, 4, native),            // another machine: over to the profile
-        (LOAD, 0, 0, 0),                       // system call number
-        (JUMP_GREATER, 2, 0, X32_BIT - 1),     // x32 has numbers of its own: over to the profile
-        (JUMP_GREATER, 0, 1, last_known),      // known: over to the profile
+        (LOAD, 0, 0, 4),                   // arch
+        (JUMP_EQUAL, 0, 4, native),        // another machine: over to the profile
+        (LOAD, 0, 0, 0),                   // system call number
+        (JUMP_GREATER, 2, 0, X32_BIT - 1), // x32 has numbers of its own: over to the profile
+        (JUMP_GREATER, 0, 1, last_known),  // known: over to the profile
         (RETURN, 0, 0, enosys),
     ];
     let mut bytes = Vec::with_capacity(instructions.len() * 8);

@@ -37,8 +37,9 @@ pub(super) fn capability_masks(sets: &CapabilitySets) -> Result<CapabilityMasks,
     let mask = |names: &[String], what: &str| -> Result<u64, String> {
         let mut mask = 0;
         for name in names {
-            let capability = Capability::from_str(name)
-                .map_err(|_| format!("setup.json: capabilities.{what}: {name:?} is not a capability; use names like CAP_NET_RAW"))?;
+            let capability = Capability::from_str(name).map_err(|_| {
+                format!("setup.json: capabilities.{what}: {name:?} is not a capability; use names like CAP_NET_RAW")
+            })?;
             mask |= capability.bitmask();
         }
         if mask & !node != 0 {
@@ -66,7 +67,13 @@ fn lent(masks: &CapabilityMasks) -> LinuxCapabilities {
     let node = bounding_set();
     let with_lent = |mask: u64| -> Option<Capabilities> {
         let mask = (mask | LENT.iter().fold(0, |all, c| all | c.bitmask())) & node;
-        Some(caps::all().into_iter().filter(|c| c.bitmask() & mask != 0).map(oci_spec::runtime::Capability::from_cap).collect())
+        Some(
+            caps::all()
+                .into_iter()
+                .filter(|c| c.bitmask() & mask != 0)
+                .map(oci_spec::runtime::Capability::from_cap)
+                .collect(),
+        )
     };
     let mut sets = LinuxCapabilities::default();
     sets.set_bounding(with_lent(masks.bounding | masks.permitted));
@@ -91,7 +98,10 @@ pub(super) fn adapt_process(process: &mut Process, masks: &CapabilityMasks, cont
     if let Some(wanted) = process.oom_score_adj() {
         let allowed = possible_oom_score_adj(wanted).map_err(|e| format!("oomScoreAdj {wanted}: {e}"))?;
         if allowed != wanted {
-            note!("warning: {}: oomScoreAdj {wanted} needs CAP_SYS_RESOURCE on the node: {allowed} instead", container.display());
+            note!(
+                "warning: {}: oomScoreAdj {wanted} needs CAP_SYS_RESOURCE on the node: {allowed} instead",
+                container.display()
+            );
         }
         process.set_oom_score_adj(Some(allowed));
     }
@@ -110,7 +120,11 @@ fn possible_oom_score_adj(wanted: i32) -> io::Result<i32> {
 }
 
 /// The whole spec for libcontainer. Returns it with the process as the agent wrote it.
-pub(super) fn adapt(mut spec: Spec, request: &CreateRequest, masks: &CapabilityMasks) -> Result<(Spec, Process), String> {
+pub(super) fn adapt(
+    mut spec: Spec,
+    request: &CreateRequest,
+    masks: &CapabilityMasks,
+) -> Result<(Spec, Process), String> {
     let mut process = spec.process().clone().ok_or("config.json has no process")?;
     process.set_terminal(Some(request.terminal));
     let wanted = process.clone();

@@ -12,7 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, pipe2};
 
-use super::lifecycle::{START_DEADLINE, exit_record, null, outcome_socket};
+use super::jobs::{null, outcome_socket};
+use super::lifecycle::{START_DEADLINE, exit_record};
 use super::{Answer, JobKind, REMEMBERED_EXITS, Server, io_error, read_available, refuse};
 use crate::shim::container::{Phase, ReplyTo, set_nonblocking};
 use crate::shim::creator::{self, Outcome, Stdio, Task};
@@ -53,11 +54,11 @@ impl Server {
         if wanted.iter().filter(|w| **w).count() != fds.len() {
             return refuse(ErrorKind::Invalid, format!("{} descriptors came for {wanted:?}", fds.len()));
         }
-        if exec_id.is_empty() || exec_id.len() > 64 || !exec_id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+        if exec_id.is_empty() || exec_id.len() > 64 || !exec_id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        {
             return refuse(ErrorKind::Invalid, format!("exec_id {exec_id:?}: must be 1 to 64 letters, digits or `-`"));
         }
-        let in_the_making =
-            |job: &super::Job| matches!(&job.kind, JobKind::Exec(other) if other.exec_id == *exec_id);
+        let in_the_making = |job: &super::Job| matches!(&job.kind, JobKind::Exec(other) if other.exec_id == *exec_id);
         if self.execs.contains_key(exec_id) || self.jobs.values().any(in_the_making) {
             return refuse(ErrorKind::Conflict, format!("exec {exec_id} exists already"));
         }
@@ -74,7 +75,11 @@ impl Server {
             None => null(),
         };
         let spawned = (|| -> io::Result<()> {
-            let stdio = Stdio { stdin: stream(request.stdin)?, stdout: stream(request.stdout)?, stderr: stream(request.stderr)? };
+            let stdio = Stdio {
+                stdin: stream(request.stdin)?,
+                stdout: stream(request.stdout)?,
+                stderr: stream(request.stderr)?,
+            };
             let (report, report_writer) = pipe2(OFlag::O_CLOEXEC)?;
             set_nonblocking(&report)?;
             let (result, result_writer) = outcome_socket()?;
@@ -169,9 +174,7 @@ impl Server {
             return Ok(ExecState { exit: None });
         }
         let remembered = self.exec_exits.iter().rev().find(|(id, _)| *id == request.exec_id);
-        remembered
-            .map(|(_, exit)| ExecState { exit: Some(exit.clone()) })
-            .ok_or_else(|| not_found(&request.exec_id))
+        remembered.map(|(_, exit)| ExecState { exit: Some(exit.clone()) }).ok_or_else(|| not_found(&request.exec_id))
     }
 
     pub(super) fn exec_signal(&mut self, request: &ExecSignalRequest) -> Answer<()> {

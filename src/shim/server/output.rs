@@ -81,15 +81,16 @@ impl Server {
         let id = id.clone();
         let key = self.key();
         let mut fds = fds.into_iter();
-        let mut next = |server: &mut Server, wanted: bool, flags: EpollFlags, source: Source| -> Answer<Option<Watched>> {
-            let Some(fd) = wanted.then(|| fds.next()).flatten() else { return Ok(None) };
-            set_nonblocking(&fd).map_err(io_error("attach"))?;
-            if !flags.contains(EpollFlags::EPOLLIN) {
-                // Best effort: what is refused leaves the pipe at its default of 64 KiB.
-                let _smaller = rustix::pipe::fcntl_setpipe_size(&fd, ATTACH_PIPE);
-            }
-            server.watch(fd, flags, source).map(Some).map_err(io_error("attach"))
-        };
+        let mut next =
+            |server: &mut Server, wanted: bool, flags: EpollFlags, source: Source| -> Answer<Option<Watched>> {
+                let Some(fd) = wanted.then(|| fds.next()).flatten() else { return Ok(None) };
+                set_nonblocking(&fd).map_err(io_error("attach"))?;
+                if !flags.contains(EpollFlags::EPOLLIN) {
+                    // Best effort: what is refused leaves the pipe at its default of 64 KiB.
+                    let _smaller = rustix::pipe::fcntl_setpipe_size(&fd, ATTACH_PIPE);
+                }
+                server.watch(fd, flags, source).map(Some).map_err(io_error("attach"))
+            };
         // Errors (the reader is gone) are reported without being asked for.
         let closed = EpollFlags::empty();
         let stdin = next(self, request.stdin, EpollFlags::EPOLLIN, Source::AttachInput(id.clone(), key))?;
@@ -104,7 +105,9 @@ impl Server {
     /// Bytes from a client for the container's stdin.
     pub(super) fn on_attach_input(&mut self, id: &Rc<str>, key: u64) {
         let Some(container) = self.containers.get_mut(id) else { return };
-        let Some(source) = container.attaches.iter().find(|a| a.key == key).and_then(|a| a.stdin.as_ref()) else { return };
+        let Some(source) = container.attaches.iter().find(|a| a.key == key).and_then(|a| a.stdin.as_ref()) else {
+            return;
+        };
         let mut chunk = [0; INPUT_CHUNK];
         match rustix::io::read(&source.fd, &mut chunk) {
             Ok(read) if read > 0 => {

@@ -1,0 +1,480 @@
+//! The life of the agent: start every part in order, run until a signal, let go of the Pods.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::net::IpAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::{Node as NodeObject, NodeRuntimeHandler, NodeRuntimeHandlerFeatures};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::node::{Node, NodeEffects};
+use super::pods::Pods;
+use super::records::Records;
+use super::{images, serving, sources};
+use crate::config::Config;
+use crate::image::{GcPolicy, ImageStore, Keyring, StoreConfig};
+use crate::network::dns::{NodeDns, ResolvConf};
+use crate::network::{Network, NetworkConfig};
+use crate::node::client::Credentials;
+use crate::node::lease::{self, LeaseSettings};
+use crate::node::rotation::Rotation;
+use crate::node::{
+    ApiClient, EventRecorder, Limits, MachineInfo, NodeFacts, NodeHealth, NodeKeeper, address, bootstrap, status,
+};
+use crate::objects::{ObjectCache, ServiceCache, TokenManager};
+use crate::pod::admission::SysctlAllowlist;
+use crate::pod::model::Desired;
+use crate::resources::cgroup::{CgroupConfig, CgroupTree, Driver};
+use crate::resources::limits::LimitPolicy;
+use crate::runtime::client::ShimLauncher;
+use crate::runtime::spec::NodeTraits;
+use crate::source::{PodChange, api as api_source};
+use crate::volume::{VolumeConfig, VolumeManager};
+
+/// How often images are looked at for collection (`ImageGCPeriod` in kubelet).
+const IMAGE_GC_PERIOD: Duration = Duration::from_secs(5 * 60);
+
+/// Features whose meaning for other components this node has (`status.declaredFeatures`).
+const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
+
+/// Runs the agent; returns when it is told to stop.
+#[must_use]
+pub fn main(config: Config) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "the runtime cannot be started");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(Arc::new(config))) {
+        Ok(()) => {
+            // Pods run on: nothing of the runtime's may wait for them
+            runtime.shutdown_timeout(Duration::from_secs(2));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            tracing::error!("{error}");
+            eprintln!("gantry: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a node has towards its API server, or does without.
+struct Cluster {
+    api: Option<Arc<ApiClient>>,
+    events: EventRecorder,
+    rotated: watch::Sender<u64>,
+    object: watch::Sender<Option<Arc<NodeObject>>>,
+    facts: watch::Sender<Arc<NodeFacts>>,
+    health: watch::Sender<NodeHealth>,
+    cancel: CancellationToken,
+}
+
+async fn run(config: Arc<Config>) -> Result<(), String> {
+    // signals are heard from here on, so that a stop during the start is a stop
+    let mut terminate = signal(SignalKind::terminate()).map_err(|error| format!("listen for SIGTERM: {error}"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| format!("listen for SIGINT: {error}"))?;
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let started = start(config);
+    let running = tokio::select! {
+        running = started => running?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping; Pods run on");
+    running.cluster.cancel.cancel();
+    running.node.pods.detach().await;
+    Ok(())
+}
+
+struct Running {
+    node: Arc<Node>,
+    cluster: Cluster,
+}
+
+async fn start(config: Arc<Config>) -> Result<Running, String> {
+    for dir in [&config.paths.root_dir, &config.paths.data_dir, &config.paths.state_dir] {
+        fs::create_dir_all(dir).map_err(|error| format!("create {}: {error}", dir.display()))?;
+    }
+    if let Some(kubeconfig) = config.kubeconfig.as_deref().filter(|_| config.bootstrap_kubeconfig.is_some()) {
+        tracing::debug!(kubeconfig = %kubeconfig.display(), "bootstrapping if need be");
+        bootstrap::ensure_kubeconfig(&config).await.map_err(|error| error.to_string())?;
+    }
+    let cluster = connect(&config).await?;
+    let node = build(&config, &cluster).await?;
+    let effects = Arc::new(NodeEffects(node.clone()));
+    adopt(&node, &effects).await?;
+    watch_cluster(&config, &cluster, &node, &effects)?;
+    serving::start(&node, cluster.rotated.subscribe()).await?;
+    cluster.health.send_modify(|health| health.runtime = Ok(()));
+    tokio::spawn(follow_pod_cidrs(node.clone(), cluster.object.subscribe(), cluster.health.clone()));
+    tokio::spawn(refresh_volumes(node.clone()));
+    tokio::spawn(keep_images(node.clone(), cluster.facts.clone()));
+    tracing::info!(node = config.node_name, "the node is running");
+    Ok(Running { node, cluster })
+}
+
+async fn connect(config: &Arc<Config>) -> Result<Cluster, String> {
+    let (rotated, _) = watch::channel(0);
+    let (object, _) = watch::channel(None);
+    let (health, _) = watch::channel(NodeHealth::default());
+    let machine = MachineInfo::read(Path::new("/"), &config.paths.root_dir).map_err(|error| error.to_string())?;
+    let addresses = address::addresses(config).await.map_err(|error| error.to_string())?;
+    let (facts, _) = watch::channel(Arc::new(NodeFacts {
+        machine,
+        addresses,
+        runtime_handlers: vec![NodeRuntimeHandler {
+            name: Some(String::new()),
+            features: Some(NodeRuntimeHandlerFeatures {
+                recursive_read_only_mounts: Some(true),
+                user_namespaces: Some(false),
+                ..NodeRuntimeHandlerFeatures::default()
+            }),
+        }],
+        supplemental_groups_policy: true,
+        declared_features: DECLARED_FEATURES.map(str::to_owned).to_vec(),
+        ..NodeFacts::default()
+    }));
+    let (api, events) = match Credentials::from_config(config) {
+        Some(credentials) => {
+            let limits = Limits::from_config(&config.kubelet);
+            let api = ApiClient::new(credentials, limits).await.map_err(|error| error.to_string())?;
+            let (events, send) = EventRecorder::new(&config.node_name, api.client(), &config.kubelet);
+            tokio::spawn(send);
+            (Some(Arc::new(api)), events)
+        }
+        None => (None, EventRecorder::log_only(&config.node_name)),
+    };
+    Ok(Cluster { api, events, rotated, object, facts, health, cancel: CancellationToken::new() })
+}
+
+async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let facts = cluster.facts.borrow().clone();
+    let addresses: Vec<IpAddr> =
+        facts.addresses.iter().filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
+    let records = Records::open(&config.paths.state_dir).map_err(|error| format!("open the state directory: {error}"))?;
+    let mut store = StoreConfig::new(&config.paths.data_dir);
+    store.insecure_registries.clone_from(&config.insecure_registries);
+    let images = tokio::task::spawn_blocking(move || ImageStore::open(store))
+        .await
+        .map_err(|error| text(&error))?
+        .map_err(|error| format!("open the image store: {error}"))?;
+    let home = std::env::home_dir().unwrap_or_else(|| "/".into());
+    let keyring = Keyring::from_node(&config.paths.root_dir, &home);
+    let mut network = NetworkConfig::new(&config.paths.state_dir);
+    network.bridge.clone_from(&config.bridge_name);
+    network.cluster_cidrs.clone_from(&config.cluster_cidrs);
+    let network = Network::open(network).await.map_err(|error| format!("open the Pod network: {error}"))?;
+    let (objects, tokens, services) = match &cluster.api {
+        Some(api) => (ObjectCache::new(api.client()), TokenManager::new(api.client()), ServiceCache::new(api.client())),
+        None => (ObjectCache::standalone(), TokenManager::standalone(), ServiceCache::standalone()),
+    };
+    let objects = Arc::new(objects);
+    let volumes =
+        VolumeManager::new(VolumeConfig { root_dir: config.paths.root_dir.clone() }, objects.clone(), Arc::new(tokens))
+            .with_image_volumes(Arc::new(images::VolumeImages { images: images.clone(), keyring: keyring.clone() }));
+    let cgroups = cgroups(config, &facts).map_err(|error| format!("open the cgroup tree: {error}"))?;
+    let traits = NodeTraits::detect(
+        cgroups.policy().cgroup_v2,
+        config.paths.seccomp_dir.clone(),
+        config.kubelet.seccomp_default,
+    )
+    .map_err(|error| format!("look at this process: {error}"))?;
+    let (initial, _) =
+        status::build(&Default::default(), config, &facts, &cluster.health.borrow(), jiff::Timestamp::now());
+    Ok(Arc::new(Node {
+        config: config.clone(),
+        api: cluster.api.clone(),
+        events: cluster.events.clone(),
+        records,
+        pods: Arc::new(Pods::default()),
+        images,
+        keyring,
+        network: Arc::new(network),
+        dns: dns(config, &addresses),
+        volumes: Arc::new(volumes),
+        objects,
+        services: Arc::new(services),
+        cgroups: Arc::new(cgroups),
+        launcher: ShimLauncher::new().map_err(|error| format!("prepare to start shims: {error}"))?,
+        traits,
+        sysctls: SysctlAllowlist::new(&config.kubelet.allowed_unsafe_sysctls)
+            .map_err(|error| format!("allowedUnsafeSysctls: {error}"))?,
+        declared_features: DECLARED_FEATURES.map(str::to_owned).into(),
+        object: cluster.object.subscribe(),
+        addresses,
+        allocatable: initial.allocatable.unwrap_or_default(),
+        shims: Mutex::new(HashMap::new()),
+    }))
+}
+
+fn cgroups(config: &Config, facts: &NodeFacts) -> Result<CgroupTree, crate::resources::cgroup::CgroupError> {
+    let kubelet = &config.kubelet;
+    let policy = LimitPolicy {
+        cpu_cfs_quota: kubelet.cpu_cfs_quota,
+        cpu_period: u64::try_from(kubelet.cpu_cfs_quota_period.std().as_micros()).unwrap_or(100_000),
+        single_process_oom_kill: kubelet.single_process_oom_kill.unwrap_or(false),
+        pod_pids_limit: Some(kubelet.pod_pids_limit).filter(|limit| *limit > 0),
+        memory_capacity: facts.machine.memory,
+        swap_capacity: facts.machine.swap,
+        ..LimitPolicy::default()
+    };
+    let driver = if kubelet.cgroup_driver == "systemd" { Driver::Systemd } else { Driver::Cgroupfs };
+    let root = if kubelet.cgroup_root.is_empty() { "/".to_owned() } else { kubelet.cgroup_root.clone() };
+    CgroupTree::open(CgroupConfig { root, driver, policy })
+}
+
+fn dns(config: &Config, addresses: &[IpAddr]) -> NodeDns {
+    let path = &config.kubelet.resolver_config;
+    let resolver = (!path.is_empty()).then(|| fs::read_to_string(path).ok()).flatten();
+    let resolver = resolver.and_then(|text| match ResolvConf::parse(&text) {
+        Ok(resolver) => Some(resolver),
+        Err(error) => {
+            tracing::warn!(file = path, %error, "resolvConf is not used");
+            None
+        }
+    });
+    NodeDns {
+        resolver,
+        cluster_dns: config.kubelet.cluster_dns.iter().filter_map(|address| address.parse().ok()).collect(),
+        cluster_domain: config.kubelet.cluster_domain.clone(),
+        node_ips: addresses.to_vec(),
+    }
+}
+
+/// Takes over what an earlier life of the agent left, before any source says what should be.
+async fn adopt(node: &Arc<Node>, effects: &Arc<NodeEffects>) -> Result<(), String> {
+    let (known, unknown) = node.records.load().map_err(|error| format!("read the Pods' records: {error}"))?;
+    let live: HashSet<String> = known.keys().chain(&unknown).cloned().collect();
+    node.network.reconcile(&live).await.map_err(|error| format!("reconcile the Pod network: {error}"))?;
+    for uid in unknown {
+        let mut pod = k8s_openapi::api::core::v1::Pod::default();
+        pod.metadata.uid = Some(uid);
+        let orphan = Desired::new(Arc::new(pod));
+        match node.tear_down(&orphan).await {
+            Ok(()) => node.forget(&orphan).await,
+            Err(failure) => tracing::error!(pod = orphan.uid(), error = failure.message, "an orphaned Pod stays"),
+        }
+    }
+    for (uid, leftover) in known {
+        tracing::info!(pod = uid, "adopting");
+        let mut desired = Desired::new(Arc::new(leftover.pod));
+        desired.max_restart_delay = node.max_restart_delay();
+        let mut observed = leftover.observed;
+        node.objects.register_pod(&desired.pod);
+        node.adopt(&desired, &mut observed).await;
+        node.pods.spawn(effects, desired, Some(observed));
+    }
+    // cgroups and volumes of Pods that have no record at all
+    let (cgroups, volumes, keep) = (node.cgroups.clone(), node.volumes.clone(), live);
+    let left = cgroups.pod_uids().map_err(|error| error.to_string())?.into_keys();
+    let orphans: HashSet<String> =
+        left.chain(volumes.orphans().unwrap_or_default()).filter(|uid| !keep.contains(uid)).collect();
+    for uid in orphans {
+        tracing::warn!(pod = uid, "clearing away what is left of a Pod without a record");
+        if let Err(error) = volumes.unmount(&uid).await {
+            tracing::error!(pod = uid, %error, "volumes of an orphaned Pod stay");
+        }
+        if let Err(error) = cgroups.remove_pod(&uid) {
+            tracing::error!(pod = uid, %error, "the cgroup of an orphaned Pod stays");
+        }
+    }
+    Ok(())
+}
+
+/// Starts everything that talks to the API server or reads manifests.
+fn watch_cluster(
+    config: &Arc<Config>,
+    cluster: &Cluster,
+    node: &Arc<Node>,
+    effects: &Arc<NodeEffects>,
+) -> Result<(), String> {
+    let (changes, inbox) = mpsc::channel::<PodChange>(256);
+    tokio::spawn(sources::follow(node.clone(), effects.clone(), inbox));
+    sources::start_static(config, &changes)?;
+    let (Some(api), Some(credentials)) = (&cluster.api, Credentials::from_config(config)) else { return Ok(()) };
+    let keeper = NodeKeeper {
+        config: config.clone(),
+        client: api.client(),
+        heartbeat: api.client(),
+        facts: cluster.facts.subscribe(),
+        health: cluster.health.subscribe(),
+        recorder: cluster.events.clone(),
+        node: cluster.object.clone(),
+    };
+    tokio::spawn(keeper.run(cluster.cancel.clone()));
+    let settings = LeaseSettings {
+        node_name: config.node_name.clone(),
+        duration_seconds: config.kubelet.node_lease_duration_seconds,
+    };
+    let (object, rotated) = (cluster.object.subscribe(), cluster.rotated.subscribe());
+    lease::spawn(settings, credentials, object, rotated, cluster.cancel.clone())
+        .map_err(|error| format!("start the lease thread: {error}"))?;
+    if config.kubelet.rotate_certificates {
+        tokio::spawn(Rotation::client(config.clone(), api.client(), cluster.rotated.clone()).run());
+    }
+    if config.kubelet.server_tls_bootstrap {
+        let facts = cluster.facts.subscribe();
+        tokio::spawn(Rotation::serving(config.clone(), api.client(), facts, cluster.rotated.clone()).run());
+    }
+    let (follower, rotated) = (api.clone(), cluster.rotated.subscribe());
+    tokio::spawn(async move { follower.follow(rotated).await });
+    let events = cluster.events.clone();
+    let mut object = cluster.object.subscribe();
+    tokio::spawn(async move {
+        while object.changed().await.is_ok() {
+            events.set_node_uid(object.borrow().as_ref().and_then(|node| node.metadata.uid.clone()));
+        }
+    });
+    let object = cluster.object.subscribe();
+    tokio::spawn(api_source::watch_pods(api.client(), config.node_name.clone(), object, changes));
+    Ok(())
+}
+
+/// Gives the network the address ranges that the cluster assigns, and tells the node's health.
+async fn follow_pod_cidrs(
+    node: Arc<Node>,
+    mut object: watch::Receiver<Option<Arc<NodeObject>>>,
+    health: watch::Sender<NodeHealth>,
+) {
+    loop {
+        let cidrs = pod_cidrs(&node.config, object.borrow_and_update().as_deref());
+        if !cidrs.is_empty()
+            && let Err(error) = node.network.set_pod_cidrs(&cidrs).await
+        {
+            tracing::error!(%error, "the Pod network cannot be set up");
+        }
+        let ready = node.network.ready();
+        health.send_if_modified(|health| {
+            let changed = health.network != ready;
+            health.network = ready;
+            changed
+        });
+        if object.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
+fn pod_cidrs(config: &Config, object: Option<&NodeObject>) -> Vec<IpNet> {
+    let spec = object.and_then(|node| node.spec.as_ref());
+    let assigned = spec.and_then(|spec| spec.pod_cidrs.clone().or_else(|| Some(vec![spec.pod_cidr.clone()?])));
+    let own = (!config.kubelet.pod_cidr.is_empty()).then(|| config.kubelet.pod_cidr.split(',').map(str::to_owned).collect());
+    // a node by itself has nobody to assign it a range
+    let standalone = config.kubeconfig.is_none().then(|| vec!["10.88.0.0/16".to_owned()]);
+    assigned.or(own).or(standalone).unwrap_or_default().iter().filter_map(|cidr| cidr.parse().ok()).collect()
+}
+
+/// Brings API-backed volumes up to date when an object changes, a token ages or a Pod's labels change.
+async fn refresh_volumes(node: Arc<Node>) {
+    let mut objects = node.objects.subscribe();
+    let mut pods = node.pods.changes();
+    let mut versions: HashMap<String, Option<String>> = HashMap::new();
+    loop {
+        let views: Vec<_> =
+            node.pods.views().into_iter().filter(|view| view.observed.volumes_mounted && view.is_active()).collect();
+        let next = views.iter().filter_map(|view| node.volumes.next_refresh(&view.desired.pod)).min();
+        let wait = next.map_or(Duration::from_secs(3600), |at| {
+            Duration::try_from(at.duration_since(jiff::Timestamp::now())).unwrap_or_default()
+        });
+        let mut stale: Vec<_> = Vec::new();
+        tokio::select! {
+            changed = objects.recv() => match changed {
+                Ok(key) => {
+                    stale.extend(views.into_iter().filter(|view| {
+                        view.desired.pod.metadata.namespace.as_deref() == Some(&key.namespace)
+                    }));
+                }
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => stale = views,
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+            },
+            changed = pods.changed() => {
+                if changed.is_err() { return }
+                versions.retain(|uid, _| views.iter().any(|view| view.desired.uid() == uid));
+                for view in views {
+                    let meta = &view.desired.pod.metadata;
+                    let version = Some(format!("{:?}{:?}", meta.labels, meta.annotations));
+                    let known = versions.insert(view.desired.uid().to_owned(), version.clone());
+                    if known.is_some_and(|known| known != version) {
+                        stale.push(view);
+                    }
+                }
+            }
+            () = tokio::time::sleep(wait) => stale = views,
+        }
+        for view in stale {
+            let context = node.field_context(&view.observed);
+            if let Err(error) = node.volumes.refresh(&view.desired.pod, &context).await {
+                tracing::warn!(pod = view.desired.uid(), %error, "volumes are not up to date");
+            }
+        }
+    }
+}
+
+/// Reports the images there are, and collects those that nobody uses when the disk fills up.
+async fn keep_images(node: Arc<Node>, facts: watch::Sender<Arc<NodeFacts>>) {
+    let mut pods = node.pods.changes();
+    let mut collected = tokio::time::Instant::now();
+    loop {
+        let list = images::node_images(&node.images);
+        facts.send_if_modified(|facts| {
+            let changed = facts.images != list;
+            if changed {
+                Arc::make_mut(facts).images = list;
+            }
+            changed
+        });
+        if collected.elapsed() >= IMAGE_GC_PERIOD {
+            collected = tokio::time::Instant::now();
+            collect_images(&node).await;
+        }
+        let until = collected + IMAGE_GC_PERIOD;
+        tokio::select! {
+            changed = pods.changed() => {
+                if changed.is_err() { return }
+                // many Pods at once are one look
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+            () = tokio::time::sleep_until(until) => {}
+        }
+    }
+}
+
+async fn collect_images(node: &Arc<Node>) {
+    let kubelet = &node.config.kubelet;
+    let percent = |value: i32| u8::try_from(value.clamp(0, 100)).unwrap_or(100);
+    let policy = GcPolicy {
+        high_percent: percent(kubelet.image_gc_high_threshold_percent),
+        low_percent: percent(kubelet.image_gc_low_threshold_percent),
+        min_age: kubelet.image_minimum_gc_age.std(),
+        max_age: Some(kubelet.image_maximum_gc_age.std()).filter(|age| !age.is_zero()),
+    };
+    let in_use: HashSet<String> = node
+        .pods
+        .views()
+        .iter()
+        .flat_map(|view| view.observed.containers.values())
+        .filter_map(|facts| node.images.resolve(&facts.current.as_ref()?.image_id).ok().flatten())
+        .map(|image| image.id.clone())
+        .collect();
+    if let Err(error) = node.images.collect_garbage(&in_use, policy).await {
+        node.events.node_event(crate::node::EventType::Warning, "ImageGCFailed", error.to_string());
+    }
+}
