@@ -48,7 +48,7 @@ func root() *cobra.Command {
 		agentCommand("start-agent", "Start a node's agent", func(c *cluster.Cluster, node int) error { return c.StartAgent(node) }),
 		agentCommand("stop-agent", "Stop a node's agent by SIGTERM; its Pods stay", func(c *cluster.Cluster, node int) error { return c.StopAgent(node, false) }),
 		agentCommand("kill-agent", "Kill a node's agent by SIGKILL; its Pods stay", func(c *cluster.Cluster, node int) error { return c.StopAgent(node, true) }),
-		snapshotCommand(), superviseCommand(), imagesCommand())
+		snapshotCommand(), superviseCommand(), imagesCommand(), guestInitCommand())
 	return root
 }
 
@@ -111,6 +111,7 @@ func upCommand() *cobra.Command {
 	flags := command.Flags()
 	flags.StringVar(&options.Name, "name", defaultName, "name of the cluster")
 	flags.IntVar(&options.Nodes, "nodes", 1, "number of Gantry nodes; 0 gives only the control plane")
+	flags.IntVar(&options.GuestNodes, "guest-nodes", 0, "number of further nodes that are virtual machines with pure cgroup v2 (hack/guest build)")
 	flags.DurationVar(&options.NodeMonitorGracePeriod, "node-monitor-grace-period", 50*time.Second, "how long a silent node stays Ready")
 	flags.StringVar(&kubeletConfig, "kubelet-config", "", "file with KubeletConfiguration fields for every node")
 	flags.StringArrayVar(&options.AgentArgs, "agent-arg", nil, "further argument of every agent (repeatable)")
@@ -316,6 +317,14 @@ func imagesCommand() *cobra.Command {
 			}
 			return images.Build(cmd.Context(), h.Bin, filepath.Dir(h.Images), os.Stderr)
 		},
+	}
+}
+
+// guestInitCommand is what runs in a guest node instead of the machine's own services.
+func guestInitCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "guest-init", Hidden: true, Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error { return cluster.GuestInit() },
 	}
 }
 

@@ -173,7 +173,13 @@ func (c *Cluster) failure(name string, cause error) error {
 	if !c.Processes[name].Alive() {
 		what = "has ended"
 	}
-	return fmt.Errorf("%s %s: %w\n--- the end of %s:\n%s", name, what, cause, c.processLog(name), tail(c.processLog(name), 30))
+	err := fmt.Errorf("%s %s: %w\n--- the end of %s:\n%s", name, what, cause, c.processLog(name), tail(c.processLog(name), 30))
+	for _, n := range c.Nodes {
+		if n.Guest && name == guestProcess(n) {
+			err = fmt.Errorf("%w\n--- the end of %s:\n%s", err, c.processLog(agentProcess(n)), tail(c.processLog(agentProcess(n)), 30))
+		}
+	}
+	return err
 }
 
 // poll calls check until it succeeds, the process dies or ctx ends.

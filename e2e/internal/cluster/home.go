@@ -25,6 +25,7 @@ func HomeFromEnvironment() (Home, error) {
 		Bin:      filepath.Join(repository, "build/bin"),
 		Images:   filepath.Join(repository, "build/images/layout"),
 		Gantry:   or("GANTRY_BIN", newest(repository, "target/release/gantry", "target/x86_64-unknown-linux-gnu/release/gantry")),
+		Guest:    filepath.Join(repository, "build/guest"),
 	}
 	for _, path := range []*string{&h.Clusters, &h.Gantry} {
 		absolute, err := filepath.Abs(*path)

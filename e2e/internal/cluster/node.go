@@ -34,6 +34,11 @@ func (c *Cluster) makeNode(n Node, overlay map[string]any) error {
 		return err
 	}
 
+	return c.makeNodeFiles(n, overlay)
+}
+
+// makeNodeFiles makes a node's directories, configuration and cgroups.
+func (c *Cluster) makeNodeFiles(n Node, overlay map[string]any) error {
 	dir := c.nodeDir(n)
 	for _, sub := range []string{"kubelet/pki", "data", "run", "log/pods", "log/containers", "manifests"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
@@ -130,6 +135,10 @@ func (c *Cluster) StartAgent(index int) error {
 	if err != nil {
 		return err
 	}
+	if n.Guest {
+		_, err := c.inGuest(n, "start-agent")
+		return err
+	}
 	if c.Processes[agentProcess(n)].Alive() {
 		return nil
 	}
@@ -153,6 +162,14 @@ func (c *Cluster) StopAgent(index int, kill bool) error {
 	if err != nil {
 		return err
 	}
+	if n.Guest {
+		command := "stop-agent"
+		if kill {
+			command = "kill-agent"
+		}
+		_, err := c.inGuest(n, command)
+		return err
+	}
 	id := c.Processes[agentProcess(n)]
 	if !id.Alive() {
 		return fmt.Errorf("the agent of %s does not run", n.Name())
@@ -169,11 +186,16 @@ func (c *Cluster) Exec(index int, args []string) error {
 	if err != nil {
 		return err
 	}
+	if n.Guest {
+		out, err := c.inGuest(n, append([]string{"node-exec", "--"}, args...)...)
+		os.Stdout.Write(out)
+		return err
+	}
 	return proc.Exec(c.namespaceFile(n.Name()), args, os.Environ())
 }
 
 func (c *Cluster) waitNode(ctx context.Context, client *kubernetes.Clientset, n Node) error {
-	return c.poll(ctx, agentProcess(n), func(ctx context.Context) error {
+	return c.poll(ctx, nodeProcess(n), func(ctx context.Context) error {
 		node, err := client.CoreV1().Nodes().Get(ctx, n.Name(), metav1.GetOptions{})
 		if err != nil {
 			return err

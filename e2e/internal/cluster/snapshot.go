@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,6 +31,14 @@ func (c *Cluster) Snapshot(index int) (Snapshot, error) {
 	n, err := c.node(index)
 	if err != nil {
 		return nil, err
+	}
+	if n.Guest {
+		raw, err := c.inGuest(n, "snapshot")
+		if err != nil {
+			return nil, err
+		}
+		s := Snapshot{}
+		return s, json.Unmarshal(raw, &s)
 	}
 	s := Snapshot{}
 	for _, gather := range []func(Node, Snapshot) error{c.listProcesses, c.listMounts, c.listNetwork, c.listFirewall, c.listCgroups, c.listFiles} {

@@ -31,6 +31,8 @@ type Home struct {
 	Images string
 	// Gantry is the node's binary.
 	Gantry string
+	// Guest holds the system of guest nodes (hack/guest).
+	Guest string
 }
 
 // State is what state.json says. It is written before what it announces is
@@ -53,6 +55,8 @@ type State struct {
 // Node is one Gantry node.
 type Node struct {
 	Index int `json:"index"`
+	// Guest says that the node is a virtual machine with pure cgroup v2.
+	Guest bool `json:"guest,omitempty"`
 }
 
 // Cluster is a cluster's directory with its state, locked.

@@ -26,6 +26,9 @@ const (
 type Options struct {
 	Name  string
 	Nodes int
+	// GuestNodes is the number of nodes that are virtual machines with pure
+	// cgroup v2; their numbers follow those of the others.
+	GuestNodes int
 	// NodeMonitorGracePeriod is the controller manager's flag of that name.
 	NodeMonitorGracePeriod time.Duration
 	// KubeletConfig is laid over the generated KubeletConfiguration of every node.
@@ -41,10 +44,10 @@ type Options struct {
 // Up makes a cluster and returns when its nodes are Ready. What was made stays
 // when it fails, so that it can be looked at; `down` removes it.
 func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
-	if options.Nodes < 0 || options.Nodes > MaxNodes {
-		return nil, fmt.Errorf("--nodes %d: use 0 to %d", options.Nodes, MaxNodes)
+	if options.Nodes < 0 || options.GuestNodes < 0 || options.Nodes+options.GuestNodes > MaxNodes {
+		return nil, fmt.Errorf("--nodes %d --guest-nodes %d: use 0 to %d together", options.Nodes, options.GuestNodes, MaxNodes)
 	}
-	if options.Nodes > 0 {
+	if options.Nodes+options.GuestNodes > 0 {
 		if _, err := os.Stat(h.Gantry); err != nil {
 			return nil, fmt.Errorf("no agent binary at %s: build it (cargo build --release), name one by GANTRY_BIN, or use --nodes 0", h.Gantry)
 		}
@@ -76,13 +79,18 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 	}
 	say("network %s, certificates, etcd and kube-apiserver started", c.address(0))
 	// What the nodes need is made while the API server starts.
-	for i := 1; i <= options.Nodes; i++ {
-		n := Node{Index: i}
+	for i := 1; i <= options.Nodes+options.GuestNodes; i++ {
+		n := Node{Index: i, Guest: i > options.Nodes}
 		c.Nodes = append(c.Nodes, n)
 		if err := c.save(); err != nil {
 			return c, err
 		}
-		if err := c.makeNode(n, options.KubeletConfig); err != nil {
+		if n.Guest {
+			err = c.makeGuest(n, options.KubeletConfig, options.Self)
+		} else {
+			err = c.makeNode(n, options.KubeletConfig)
+		}
+		if err != nil {
 			return c, fmt.Errorf("%s: %w", n.Name(), err)
 		}
 	}
@@ -111,6 +119,12 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 	}
 	say("registry ready at %s", c.Registry())
 	for _, n := range c.Nodes {
+		if n.Guest {
+			if err := c.bootGuest(ctx, n); err != nil {
+				return c, err
+			}
+			say("guest of %s booted", n.Name())
+		}
 		if err := c.StartAgent(n.Index); err != nil {
 			return c, err
 		}

@@ -1,0 +1,56 @@
+# `make help` lists what there is. Nothing is built here: the scripts in hack/
+# do the work and can be run by themselves.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+# rustup and Go's own archive install to these; a login shell would know them.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/go/bin
+BINARY := target/release/gantry
+
+.PHONY: help
+help: ## show this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
+
+.PHONY: setup
+setup: ## install what building needs (Debian, as root)
+	@hack/setup
+
+.PHONY: build
+build: setup ## the release binary, target/release/gantry
+	cargo build --release --locked
+	@hack/install-binary $(BINARY)
+
+.PHONY: demo
+demo: ## a control plane, a Gantry node and the tutorial, told step by step
+	@hack/demo
+
+.PHONY: test
+test: ## all suites, as .ci/run does
+	@hack/test
+
+.PHONY: lint
+lint: ## formatting, clippy, cargo-deny, go vet, shellcheck
+	@hack/test lint
+
+.PHONY: unit
+unit: ## unit and property tests
+	@hack/test unit
+
+.PHONY: integration
+integration: ## tests of single parts on the real kernel (root)
+	@hack/test integration
+
+.PHONY: e2e
+e2e: ## scenarios on a real control plane (root)
+	@hack/test e2e
+
+.PHONY: guest
+guest: ## the smoke scenarios on a node with pure cgroup v2 (root)
+	@hack/test guest
+
+.PHONY: down
+down: ## remove all test clusters of this directory
+	@hack/cluster down --all
+
+.PHONY: clean
+clean: down ## remove everything that was built, and all test clusters
+	rm -rf build target
