@@ -68,7 +68,7 @@ fn spec(pod: &mut Pod) -> &mut PodSpec {
 fn shortages_are_told_in_kubelets_words() {
     let node = Node::new();
     let other = named("o", &[("cpu", "1500m"), ("memory", "900")]);
-    let rejection = node.admit(&named("p", &[("cpu", "600m")]), &[other.clone()]).unwrap_err();
+    let rejection = node.admit(&named("p", &[("cpu", "600m")]), std::slice::from_ref(&other)).unwrap_err();
     assert_eq!(rejection.reason, "OutOfcpu");
     assert_eq!(
         rejection.status_message(),
@@ -85,7 +85,7 @@ fn shortages_are_told_in_kubelets_words() {
         (&[("example.com/license", "2")], ""),
         (&[("hugepages-2Mi", "2Mi")], "OutOfhugepages-2Mi"),
     ] {
-        assert_eq!(node.reason(&named("p", requests), &[other.clone()]), reason, "{requests:?}");
+        assert_eq!(node.reason(&named("p", requests), std::slice::from_ref(&other)), reason, "{requests:?}");
     }
 }
 

@@ -293,13 +293,9 @@ impl CgroupTree {
     }
 
     fn remove(&self, path: &str) -> Result<(), CgroupError> {
-        let deadline = Instant::now() + REMOVE_DEADLINE;
-        let directories = self.hierarchy.directories(path);
-        // the processes of a cgroup are in several trees: kill them all before the first pause
-        for directory in directories.iter().filter(|d| d.exists()) {
-            remove::kill(directory, 0)?;
-        }
-        directories.iter().try_for_each(|directory| remove::remove(directory, deadline))
+        let mut directories = self.hierarchy.directories(path);
+        directories.retain(|directory| directory.exists());
+        remove::remove(&directories, Instant::now() + REMOVE_DEADLINE)
     }
 
     /// What a cgroup uses now.
@@ -310,7 +306,7 @@ impl CgroupTree {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command, Stdio};
+    use std::process::{Child, Stdio};
 
     use super::super::fixture::{container, pod};
     use super::*;
@@ -349,7 +345,9 @@ mod tests {
     }
 
     fn sleeper(tree: &CgroupTree, path: &str) -> Child {
-        let child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        #[allow(clippy::disallowed_methods, reason = "a process to be killed, not a tool on a hot path")]
+        let mut command = std::process::Command::new("sleep");
+        let child = command.arg("1000").stdin(Stdio::null()).spawn().unwrap();
         for directory in tree.hierarchy.directories(path).iter().filter(|d| d.exists()) {
             fs::write(directory.join("cgroup.procs"), child.id().to_string()).unwrap();
         }
