@@ -393,3 +393,178 @@ fn plan_probes(desired: &Desired, observed: &Observed, running: &BTreeSet<Action
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Probe};
+
+    use super::*;
+    use crate::pod::model::{Exit, Phase};
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_800_000_000 + second).unwrap()
+    }
+
+    fn named(name: &str) -> Container {
+        Container { name: name.to_owned(), image: Some("image".to_owned()), ..Container::default() }
+    }
+
+    fn sidecar(name: &str) -> Container {
+        let startup_probe = Some(Probe::default());
+        Container { restart_policy: Some("Always".to_owned()), startup_probe, ..named(name) }
+    }
+
+    fn desired(init: Vec<Container>, main: Vec<Container>, policy: &str) -> Desired {
+        let spec = PodSpec {
+            init_containers: Some(init),
+            containers: main,
+            restart_policy: Some(policy.to_owned()),
+            ..PodSpec::default()
+        };
+        Desired::new(Arc::new(Pod { spec: Some(spec), ..Pod::default() }))
+    }
+
+    fn ready() -> Observed {
+        Observed {
+            admission: Some(Admission::Admitted),
+            sandbox: Sandbox::Ready,
+            volumes_mounted: true,
+            start_time: Some(at(0)),
+            ..Observed::default()
+        }
+    }
+
+    fn running(observed: &mut Observed, name: &str) {
+        let facts = observed.containers.entry(name.to_owned()).or_default();
+        facts.current = Some(Instance {
+            id: name.to_owned(),
+            attempt: 0,
+            requested_image: "image".to_owned(),
+            image: "image".to_owned(),
+            image_id: "image".to_owned(),
+            started_at: Some(at(0)),
+            post_started: true,
+            stop: None,
+            exit: None,
+            user: None,
+        });
+        facts.next_attempt = 1;
+    }
+
+    fn exited(observed: &mut Observed, name: &str, code: i32) {
+        running(observed, name);
+        let instance = observed.containers.get_mut(name).and_then(|facts| facts.current.as_mut()).unwrap();
+        instance.exit = Some(Exit {
+            id: name.to_owned(),
+            code,
+            signal: 0,
+            reason: "Error".to_owned(),
+            message: String::new(),
+            started_at: Some(at(0)),
+            finished_at: Some(at(1)),
+        });
+    }
+
+    fn starts(desired: &Desired, observed: &Observed) -> Vec<String> {
+        let plan = plan(desired, observed, &BTreeSet::new(), at(10));
+        let name = |action: Action| if let Action::Start(name) = action { Some(name) } else { None };
+        plan.actions.into_iter().filter_map(name).collect()
+    }
+
+    #[test]
+    fn init_containers_and_sidecars_gate_what_comes_after_them() {
+        let desired = desired(vec![named("i0"), sidecar("s1"), named("i2")], vec![named("main")], "Always");
+        let mut observed = ready();
+        assert_eq!(starts(&desired, &observed), ["i0"]);
+        running(&mut observed, "i0");
+        assert!(starts(&desired, &observed).is_empty());
+        exited(&mut observed, "i0", 0);
+        assert_eq!(starts(&desired, &observed), ["s1"]);
+        running(&mut observed, "s1");
+        assert!(starts(&desired, &observed).is_empty(), "its startup probe has not succeeded");
+        observed.containers.get_mut("s1").unwrap().probes.startup.verdict = Some(true);
+        assert_eq!(starts(&desired, &observed), ["i2"]);
+        exited(&mut observed, "i2", 0);
+        assert_eq!(starts(&desired, &observed), ["main"]);
+    }
+
+    #[test]
+    fn nothing_starts_before_sandbox_and_volumes() {
+        let desired = desired(vec![], vec![named("main")], "Always");
+        let observed = Observed { sandbox: Sandbox::Absent, volumes_mounted: false, ..ready() };
+        let plan = plan(&desired, &observed, &BTreeSet::new(), at(10));
+        assert_eq!(plan.actions, [Action::MountVolumes, Action::SetUpSandbox]);
+    }
+
+    #[test]
+    fn a_failed_init_container_ends_a_pod_that_never_restarts() {
+        let desired = desired(vec![named("init")], vec![named("main")], "Never");
+        let mut observed = ready();
+        exited(&mut observed, "init", 1);
+        settle(&desired, &mut observed, &BTreeSet::new(), at(10));
+        assert_eq!(observed.final_phase, Some(Phase::Failed));
+        let plan = plan(&desired, &observed, &BTreeSet::new(), at(10));
+        assert_eq!(plan.actions, [Action::TearDown]);
+    }
+
+    #[test]
+    fn sidecars_stop_last_and_from_the_last_to_the_first() {
+        let desired = desired(vec![sidecar("s0"), sidecar("s1")], vec![named("main")], "Never");
+        let mut observed = Observed { initialized: true, ..ready() };
+        for name in ["s0", "s1"] {
+            running(&mut observed, name);
+        }
+        exited(&mut observed, "main", 0);
+        let mut stopped = Vec::new();
+        while observed.final_phase.is_none() {
+            settle(&desired, &mut observed, &BTreeSet::new(), at(10));
+            let terms = plan(&desired, &observed, &BTreeSet::new(), at(10)).actions;
+            for action in terms {
+                let Action::Term(name) = action else { continue };
+                exited(&mut observed, &name, 143);
+                stopped.push(name);
+            }
+        }
+        assert_eq!(stopped, ["s1", "s0"]);
+        assert_eq!(observed.final_phase, Some(Phase::Succeeded), "exit codes of sidecars do not count");
+    }
+
+    #[test]
+    fn a_second_delete_shortens_the_grace_and_never_lengthens_it() {
+        use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+        let with_grace = |grace: i64| {
+            let base = desired(vec![], vec![named("main")], "Always");
+            let mut pod = (*base.pod).clone();
+            pod.metadata.deletion_timestamp = Some(Time(at(100)));
+            pod.metadata.deletion_grace_period_seconds = Some(grace);
+            Desired::new(Arc::new(pod))
+        };
+        let mut observed = Observed { initialized: true, ..ready() };
+        running(&mut observed, "main");
+        let deadline = |observed: &Observed| observed.termination.as_ref().unwrap().deadline;
+        settle(&with_grace(30), &mut observed, &BTreeSet::new(), at(0));
+        assert_eq!(deadline(&observed), at(30));
+        settle(&with_grace(5), &mut observed, &BTreeSet::new(), at(2));
+        assert_eq!(deadline(&observed), at(7));
+        settle(&with_grace(60), &mut observed, &BTreeSet::new(), at(3));
+        assert_eq!(deadline(&observed), at(7));
+        let plan = plan(&with_grace(5), &observed, &BTreeSet::new(), at(7));
+        assert_eq!(plan.actions, [Action::Kill("main".to_owned())]);
+    }
+
+    #[test]
+    fn the_active_deadline_ends_a_pod_with_its_reason() {
+        let base = desired(vec![], vec![named("main")], "Always");
+        let mut pod = (*base.pod).clone();
+        pod.spec.as_mut().unwrap().active_deadline_seconds = Some(5);
+        let desired = Desired::new(Arc::new(pod));
+        let mut observed = Observed { initialized: true, ..ready() };
+        running(&mut observed, "main");
+        assert_eq!(plan(&desired, &observed, &BTreeSet::new(), at(1)).wake_at, Some(at(5)));
+        settle(&desired, &mut observed, &BTreeSet::new(), at(5));
+        let verdict = observed.termination.unwrap().verdict.unwrap();
+        assert_eq!(verdict.reason, "DeadlineExceeded");
+    }
+}

@@ -250,3 +250,132 @@ fn terminated(exit: &Exit, limit: usize) -> ContainerStateTerminated {
         finished_at: exit.finished_at.map(api_time),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+
+    use super::*;
+    use crate::pod::model::{Instance, Waiting};
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_800_000_000 + second).unwrap()
+    }
+
+    fn desired(policy: &str) -> Desired {
+        let container = Container { name: "c".to_owned(), image: Some("image:1".to_owned()), ..Container::default() };
+        let mut pod = Pod {
+            spec: Some(PodSpec {
+                containers: vec![container],
+                restart_policy: Some(policy.to_owned()),
+                ..PodSpec::default()
+            }),
+            ..Pod::default()
+        };
+        pod.metadata.name = Some("p".to_owned());
+        pod.metadata.namespace = Some("ns".to_owned());
+        pod.metadata.uid = Some("u".to_owned());
+        Desired::new(Arc::new(pod))
+    }
+
+    fn crashed(code: i32, delay: i64) -> Observed {
+        let exit = Exit {
+            id: "i".to_owned(),
+            code,
+            signal: 0,
+            reason: "Error".to_owned(),
+            message: String::new(),
+            started_at: Some(at(0)),
+            finished_at: Some(at(5)),
+        };
+        let instance = Instance {
+            id: "i".to_owned(),
+            attempt: 2,
+            requested_image: "image:1".to_owned(),
+            image: "image:1".to_owned(),
+            image_id: "image@sha256:1".to_owned(),
+            started_at: Some(at(0)),
+            post_started: true,
+            stop: None,
+            exit: Some(exit),
+            user: None,
+        };
+        let mut facts = ContainerFacts { current: Some(instance), next_attempt: 3, ..ContainerFacts::default() };
+        facts.restart_backoff.delay = delay;
+        facts.restart_backoff.raised_at = Some(at(0));
+        let mut observed = Observed {
+            admission: Some(Admission::Admitted),
+            initialized: true,
+            start_time: Some(at(0)),
+            ..Observed::default()
+        };
+        observed.containers.insert("c".to_owned(), facts);
+        observed
+    }
+
+    #[test]
+    fn a_crashed_container_waits_with_its_last_state_shown() {
+        let status = status(&desired("Always"), &crashed(1, 20), &PodStatus::default(), at(6));
+        assert_eq!(status.phase.as_deref(), Some("Running"));
+        let container = &status.container_statuses.unwrap()[0];
+        let waiting = container.state.as_ref().unwrap().waiting.as_ref().unwrap();
+        assert_eq!(waiting.reason.as_deref(), Some("CrashLoopBackOff"));
+        let message = "back-off 20s restarting failed container=c pod=p_ns(u)";
+        assert_eq!(waiting.message.as_deref(), Some(message));
+        let last = container.last_state.as_ref().unwrap().terminated.as_ref().unwrap();
+        assert_eq!((last.exit_code, container.restart_count, container.ready), (1, 2, false));
+    }
+
+    #[test]
+    fn a_container_that_is_not_restarted_stays_terminated() {
+        let status = status(&desired("Never"), &crashed(3, 20), &PodStatus::default(), at(6));
+        let container = &status.container_statuses.unwrap()[0];
+        assert_eq!(container.state.as_ref().unwrap().terminated.as_ref().unwrap().exit_code, 3);
+    }
+
+    #[test]
+    fn a_failed_pull_becomes_back_off() {
+        let mut observed = crashed(1, 0);
+        observed.initialized = false;
+        let facts = observed.containers.get_mut("c").unwrap();
+        facts.current = None;
+        let (since, retry_at) = (at(10), at(20));
+        facts.waiting =
+            Some(Waiting { reason: "ErrImagePull".to_owned(), message: "no such image".to_owned(), since, retry_at });
+        let shown = |now| {
+            let status = status(&desired("Always"), &observed, &PodStatus::default(), now);
+            assert_eq!(status.phase.as_deref(), Some("Pending"));
+            let waiting = status.container_statuses.unwrap()[0].state.clone().unwrap().waiting.unwrap();
+            (waiting.reason.unwrap(), waiting.message.unwrap())
+        };
+        assert_eq!(shown(at(11)), ("ErrImagePull".to_owned(), "no such image".to_owned()));
+        let message = "Back-off pulling image \"image:1\": ErrImagePull: no such image".to_owned();
+        assert_eq!(shown(at(13)), ("ImagePullBackOff".to_owned(), message));
+    }
+
+    #[test]
+    fn transition_times_change_only_with_the_status() {
+        let desired = desired("Always");
+        let first = status(&desired, &crashed(1, 20), &PodStatus::default(), at(6));
+        let second = status(&desired, &crashed(1, 20), &first, at(9));
+        assert_eq!(first, second);
+    }
+
+    #[test]
+    fn a_rejected_pod_is_failed_and_keeps_what_the_api_server_set() {
+        let base = PodStatus { qos_class: Some("BestEffort".to_owned()), ..PodStatus::default() };
+        let observed = Observed {
+            admission: Some(Admission::Rejected {
+                reason: "OutOfcpu".to_owned(),
+                message: "Pod was rejected".to_owned(),
+            }),
+            ..Observed::default()
+        };
+        let status = status(&desired("Always"), &observed, &base, at(0));
+        assert_eq!(status.phase.as_deref(), Some("Failed"));
+        assert_eq!(status.reason.as_deref(), Some("OutOfcpu"));
+        assert_eq!(status.qos_class.as_deref(), Some("BestEffort"));
+    }
+}
