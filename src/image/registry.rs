@@ -41,31 +41,44 @@ impl Registry {
     pub fn new(insecure: &[String], connect: Duration, read: Duration) -> Result<Self, ImageError> {
         let insecure: Arc<HashSet<String>> = Arc::new(insecure.iter().cloned().collect());
         let plain = Arc::clone(&insecure);
-        let redirects = reqwest::redirect::Policy::custom(move |attempt| {
-            if attempt.previous().len() > MAX_REDIRECTS {
-                return attempt.error("too many redirects");
-            }
-            let host = match (attempt.url().host_str(), attempt.url().port()) {
-                (Some(host), Some(port)) => format!("{host}:{port}"),
-                (Some(host), None) => host.to_owned(),
-                (None, _) => String::new(),
-            };
-            // reqwest itself takes the Authorization header off when the host changes.
-            if attempt.url().scheme() == "https" || plain_http(&host, &plain) {
-                attempt.follow()
-            } else {
-                attempt.error("redirect to plain HTTP")
-            }
-        });
+        let redirects = || {
+            let plain = Arc::clone(&plain);
+            reqwest::redirect::Policy::custom(move |attempt| {
+                if attempt.previous().len() > MAX_REDIRECTS {
+                    return attempt.error("too many redirects");
+                }
+                let host = match (attempt.url().host_str(), attempt.url().port()) {
+                    (Some(host), Some(port)) => format!("{host}:{port}"),
+                    (Some(host), None) => host.to_owned(),
+                    (None, _) => String::new(),
+                };
+                // reqwest itself takes the Authorization header off when the host changes.
+                if attempt.url().scheme() == "https" || plain_http(&host, &plain) {
+                    attempt.follow()
+                } else {
+                    attempt.error("redirect to plain HTTP")
+                }
+            })
+        };
         // Does nothing if the process has chosen already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder()
-            .user_agent(concat!("gantry/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(connect)
-            .read_timeout(read)
-            .redirect(redirects)
-            .build()
-            .map_err(|e| ImageError::RegistryUnavailable { name: "(any)".to_owned(), detail: describe(e) })?;
+        let builder = || {
+            reqwest::Client::builder()
+                .user_agent(concat!("gantry/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(connect)
+                .read_timeout(read)
+                .redirect(redirects())
+        };
+        let client = builder().build().or_else(|error| {
+            // a machine without certificate authorities can still use registries that need none
+            tracing::warn!(
+                error = describe(error),
+                "no HTTPS registry can be trusted: install the package ca-certificates and restart"
+            );
+            builder().tls_certs_only([]).build()
+        });
+        let client =
+            client.map_err(|e| ImageError::RegistryUnavailable { name: "(any)".to_owned(), detail: describe(e) })?;
         Ok(Self { client, insecure })
     }
 

@@ -19,10 +19,11 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The earliest time for the next try after a failure at `failed_at`; `None`: at once.
+    /// The earliest time for the next try after a failure at `failed_at`; `None`: at once, or it has begun.
     #[must_use]
     pub fn until(&self, failed_at: Timestamp, max: i64) -> Option<Timestamp> {
-        if self.delay == 0 || self.expired(failed_at, max) {
+        let begun = self.raised_at.is_some_and(|raised| raised > failed_at);
+        if self.delay == 0 || begun || self.expired(failed_at, max) {
             return None;
         }
         Some(failed_at + SignedDuration::from_secs(self.delay))
@@ -59,9 +60,12 @@ mod tests {
         let mut now = at(0);
         assert_eq!(backoff.until(now, MAX_SECONDS), None, "the first restart is at once");
         for delay in [10, 20, 40, 80, 160, 300, 300] {
-            backoff.raise(now, now, MAX_SECONDS);
-            let next = backoff.until(now, MAX_SECONDS).unwrap();
-            assert_eq!(next.duration_since(now).as_secs(), delay);
+            let begun = now + SignedDuration::from_secs(1);
+            backoff.raise(now, begun, MAX_SECONDS);
+            assert_eq!(backoff.until(now, MAX_SECONDS), None, "the try for this failure has begun");
+            let failed = begun + SignedDuration::from_secs(1);
+            let next = backoff.until(failed, MAX_SECONDS).unwrap();
+            assert_eq!(next.duration_since(failed).as_secs(), delay);
             now = next;
         }
     }

@@ -303,7 +303,7 @@ pub fn outcome(
             started(desired, observed, name, instance);
             Vec::new()
         }
-        (Action::Start(name), Outcome::Failed(failure)) => start_failed(observed, name, failure, now),
+        (Action::Start(name), Outcome::Failed(failure)) => start_failed(desired, observed, name, failure, now),
         (Action::PostStart(name), Outcome::Done) => {
             if let Some(instance) = observed.containers.get_mut(name).and_then(|f| f.current.as_mut()) {
                 instance.post_started = true;
@@ -392,7 +392,13 @@ fn started(desired: &Desired, observed: &mut Observed, name: &str, instance: &In
     }
 }
 
-fn start_failed(observed: &mut Observed, name: &str, failure: &Failure, now: Timestamp) -> Vec<Notice> {
+fn start_failed(
+    desired: &Desired,
+    observed: &mut Observed,
+    name: &str,
+    failure: &Failure,
+    now: Timestamp,
+) -> Vec<Notice> {
     let facts = observed.containers.entry(name.to_owned()).or_default();
     let is_pull = matches!(failure.reason.as_str(), "ErrImagePull" | "RegistryUnavailable");
     let retry_at = if is_pull {
@@ -408,7 +414,13 @@ fn start_failed(observed: &mut Observed, name: &str, failure: &Failure, now: Tim
     } else {
         format!("Error: {}", failure.message)
     };
-    vec![Notice::container(name, "Failed", text)]
+    let mut notices = vec![Notice::container(name, "Failed", text)];
+    if is_pull {
+        let image = desired.container(name).map(|spec| spec.image().to_owned()).unwrap_or_default();
+        let message = format!("Back-off pulling image {image:?}");
+        notices.push(Notice { warning: false, ..Notice::container(name, "BackOff", message) });
+    }
+    notices
 }
 
 fn post_start_failed(
