@@ -33,8 +33,7 @@ var (
 	single = flag.Int("single", 20, "Pods started and deleted one at a time")
 	burst  = flag.Int("burst", 50, "Pods started at once")
 	idle   = flag.Duration("idle", time.Minute, "how long idle Pods are watched for their CPU")
-	agent  = flag.String("agent", "gantry agent", "words that the agent's command line contains, after its directory")
-	state  = flag.String("state-dir", "", "the node's state directory: shims are found by it")
+	node   = flag.String("node-dir", "", "the node's directory: its processes are known by it")
 )
 
 // report is what is printed, and written as JSON with -json.
@@ -219,14 +218,17 @@ func remove(ctx context.Context, client kubernetes.Interface, name string) {
 	check(client.CoreV1().Pods(namespace).Delete(ctx, name, metav1.DeleteOptions{}))
 }
 
-// processes whose command line has all the words.
-func processes(words ...string) []int {
+// processes of one of gantry's subcommands that work for the node.
+func processes(subcommand string) []int {
 	var pids []int
 	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, file := range files {
 		line, err := os.ReadFile(file)
-		text := string(bytes.ReplaceAll(line, []byte{0}, []byte{' '}))
-		if err != nil || slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(text, w) }) {
+		words := strings.Split(string(line), "\x00")
+		if err != nil || len(words) < 3 || filepath.Base(words[0]) != "gantry" || words[1] != subcommand {
+			continue
+		}
+		if !strings.Contains(strings.Join(words[2:], " "), *node) {
 			continue
 		}
 		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
@@ -235,8 +237,8 @@ func processes(words ...string) []int {
 	return pids
 }
 
-func agents() []int { return processes(*agent, *state) }
-func shims() []int  { return processes("gantry shim", *state) }
+func agents() []int { return processes("agent") }
+func shims() []int  { return processes("shim") }
 
 // memory is RSS, PSS and private memory of processes together, in MiB.
 func memory(pids []int) (rss, pss, private float64) {
