@@ -93,7 +93,10 @@ struct LocalNode {
 impl LocalNode {
     fn find(&self, pod: &PodRef) -> Result<PodView, LocalError> {
         self.node.pods.find(&pod.namespace, &pod.name).ok_or_else(|| {
-            LocalError::NotFound(format!("pod {}/{} is not on this node: gantry ps lists them", pod.namespace, pod.name))
+            LocalError::NotFound(format!(
+                "pod {}/{} is not on this node: gantry ps lists them",
+                pod.namespace, pod.name
+            ))
         })
     }
 
@@ -170,10 +173,8 @@ impl LocalNode {
                 return Err(LocalError::Conflict(text));
             }
             Origin::File => {
-                let text = format!(
-                    "pod {namespace}/{name} is static: remove its manifest from {}",
-                    config.static_pod_path
-                );
+                let text =
+                    format!("pod {namespace}/{name} is static: remove its manifest from {}", config.static_pod_path);
                 return Err(LocalError::Conflict(text));
             }
             Origin::Url => {
@@ -203,7 +204,9 @@ impl LocalNode {
         let removed = tokio::task::spawn_blocking(move || images.remove(&name, &in_use)).await;
         match removed.map_err(|error| LocalError::Internal(error.to_string()))? {
             Ok(true) => Ok(()),
-            Ok(false) => Err(LocalError::NotFound(format!("image {reference:?} is not here: gantry images lists them"))),
+            Ok(false) => {
+                Err(LocalError::NotFound(format!("image {reference:?} is not here: gantry images lists them")))
+            }
             Err(error @ ImageError::InUse { .. }) => Err(LocalError::Conflict(error.to_string())),
             Err(error) => Err(LocalError::Internal(error.to_string())),
         }

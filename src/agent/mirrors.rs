@@ -157,7 +157,8 @@ impl Mirrors {
                 self.ensure(&api).await;
                 self.report(&node, &client).await;
             }
-            let next = self.lock().pauses.values().map(|pause| pause.until).filter(|until| *until > Instant::now()).min();
+            let next =
+                self.lock().pauses.values().map(|pause| pause.until).filter(|until| *until > Instant::now()).min();
             let pause = async {
                 match next {
                     Some(until) => tokio::time::sleep_until(until).await,

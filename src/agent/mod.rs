@@ -21,5 +21,5 @@ mod sources;
 mod stats;
 mod termination;
 
-pub use run::{Standalone, main};
 pub use local::socket_path;
+pub use run::{Standalone, main};

@@ -140,7 +140,8 @@ impl Server {
                 if !is_trusted(&stream) {
                     return tracing::warn!("a user who is not root was refused at the local socket");
                 }
-                let connection = Arc::new(Connection { peer: PeerCertificates::default(), local: true, _permit: permit });
+                let connection =
+                    Arc::new(Connection { peer: PeerCertificates::default(), local: true, _permit: permit });
                 let handler = Arc::clone(&server);
                 let service = service_fn(move |request: Request<Incoming>| {
                     let (handler, connection, routes) = (Arc::clone(&handler), Arc::clone(&connection), routes.clone());

@@ -141,7 +141,9 @@ pub(super) fn routes(api: Arc<dyn LocalApi>) -> BoxedFilter<(Response,)> {
     image_routes(&api).or(pod_routes(&api)).unify().boxed()
 }
 
-fn with(api: &Arc<dyn LocalApi>) -> impl Filter<Extract = (Arc<dyn LocalApi>,), Error = std::convert::Infallible> + Clone + use<> {
+fn with(
+    api: &Arc<dyn LocalApi>,
+) -> impl Filter<Extract = (Arc<dyn LocalApi>,), Error = std::convert::Infallible> + Clone + use<> {
     let api = Arc::clone(api);
     warp::any().map(move || Arc::clone(&api))
 }
@@ -151,16 +153,15 @@ fn answer<T>(result: Result<T, LocalError>, done: impl FnOnce(T) -> Response) ->
 }
 
 fn image_routes(api: &Arc<dyn LocalApi>) -> BoxedFilter<(Response,)> {
-    let list =
-        warp::path!("images").and(warp::get()).and(with(api)).map(|api: Arc<dyn LocalApi>| respond::json(&api.images()));
-    let remove = warp::path("images")
-        .and(segment())
-        .and(warp::path::end())
-        .and(warp::delete())
+    let list = warp::path!("images")
+        .and(warp::get())
         .and(with(api))
-        .then(async |reference: String, api: Arc<dyn LocalApi>| {
+        .map(|api: Arc<dyn LocalApi>| respond::json(&api.images()));
+    let remove = warp::path("images").and(segment()).and(warp::path::end()).and(warp::delete()).and(with(api)).then(
+        async |reference: String, api: Arc<dyn LocalApi>| {
             answer(api.remove_image(reference).await, |()| StatusCode::NO_CONTENT.into_response())
-        });
+        },
+    );
     let pulls =
         warp::path!("pulls").and(warp::get()).and(with(api)).map(|api: Arc<dyn LocalApi>| respond::json(&api.pulls()));
     list.or(remove).unify().or(pulls).unify().boxed()
