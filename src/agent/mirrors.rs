@@ -155,7 +155,8 @@ impl Mirrors {
             if self.lock().may_create() {
                 self.delete_orphans(&api).await;
                 self.ensure(&api).await;
-                self.report(&node, &client).await;
+                let status = |uid: &str| node.pods.view(uid).map(|view| (*view.status).clone());
+                self.report(&client, status).await;
             }
             let next =
                 self.lock().pauses.values().map(|pause| pause.until).filter(|until| *until > Instant::now()).min();
@@ -220,12 +221,11 @@ impl Mirrors {
         }
     }
 
-    /// Sends each static Pod's status to its mirror, if they differ.
-    async fn report(&self, node: &Node, client: &Client) {
+    /// Sends each static Pod's status (by its UID) to its mirror, if they differ.
+    async fn report(&self, client: &Client, status_of: impl Fn(&str) -> Option<PodStatus>) {
         let wanted: Vec<_> = self.lock().wanted.iter().map(|(name, pod)| (name.clone(), pod.clone())).collect();
         for (name, pod) in wanted {
-            let Some(view) = node.pods.view(pod.metadata.uid.as_deref().unwrap_or_default()) else { continue };
-            let status = (*view.status).clone();
+            let Some(status) = status_of(pod.metadata.uid.as_deref().unwrap_or_default()) else { continue };
             let (desired, base) = {
                 let state = self.lock();
                 let Some(mirror) = state.mirrors.get(&name).filter(|_| !state.is_paused(&name)) else { continue };
@@ -264,7 +264,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::source::PodKey;
+    use crate::node::fake::FakeApi;
+    use crate::source::{HASH, MIRROR, PodKey};
 
     fn pod(uid: &str, name: &str, annotation: Option<&str>) -> Arc<Pod> {
         let annotations = annotation.map(|key| json!({ key: "h" }));
@@ -279,7 +280,7 @@ mod tests {
     #[test]
     fn orphans_are_known_when_all_have_told() {
         let mut state = State::default();
-        let mirror = |uid: &str, name: &str| PodChange::Set(Origin::Api, pod(uid, name, Some(crate::source::MIRROR)));
+        let mirror = |uid: &str, name: &str| PodChange::Set(Origin::Api, pod(uid, name, Some(MIRROR)));
         assert!(state.take(&mirror("m1", "a")) && state.take(&mirror("m2", "b")));
         assert!(!state.take(&PodChange::Set(Origin::Api, pod("r", "real", None))), "a real Pod is not ours");
         assert!(!state.take(&PodChange::Set(Origin::Local, pod("l", "local", None))), "a local Pod has no mirror");
@@ -304,7 +305,7 @@ mod tests {
     #[test]
     fn a_status_that_somebody_changed_is_sent_again() {
         let mut state = State::default();
-        let mirror = pod("m", "a", Some(crate::source::MIRROR));
+        let mirror = pod("m", "a", Some(MIRROR));
         state.take(&PodChange::Set(Origin::Api, mirror.clone()));
         let name = name_of(&mirror);
         let sent = PodStatus { phase: Some("Running".to_owned()), ..PodStatus::default() };
@@ -318,6 +319,53 @@ mod tests {
         assert_eq!(state.mirrors[&name].sent, Some(sent), "our own patch comes back");
         state.take(&with("Unknown"));
         assert_eq!(state.mirrors[&name].sent, None);
+    }
+
+    #[tokio::test]
+    async fn a_mirror_shows_its_static_pod_and_cannot_be_deleted() {
+        const PATH: &str = "/api/v1/namespaces/ns/pods/a";
+        let api = FakeApi::default();
+        let node = serde_json::from_value(json!({"metadata": {"name": "n", "uid": "nu"}})).unwrap();
+        let (_sender, object) = tokio::sync::watch::channel(Some(Arc::new(node)));
+        let (client, pods) = (api.client(), MirrorPods::new(api.client(), object));
+        let mirrors = Mirrors::default();
+        let stored = || -> Pod { serde_json::from_value(api.get(PATH).unwrap()).unwrap() };
+        let watch = |pod: Pod| mirrors.take(&PodChange::Set(Origin::Api, Arc::new(pod)));
+        mirrors.take(&PodChange::Set(Origin::File, pod("s", "a", Some(HASH))));
+        mirrors.take(&PodChange::Synced(Origin::Api));
+        pods_ensured(&mirrors, &pods).await;
+        watch(stored());
+        let running = |uid: &str| {
+            assert_eq!(uid, "s");
+            Some(PodStatus { phase: Some("Running".to_owned()), ..PodStatus::default() })
+        };
+        mirrors.report(&client, running).await;
+        assert_eq!(stored().status.unwrap().phase.as_deref(), Some("Running"));
+        let patches = || api.seen().iter().filter(|seen| seen.method == "PATCH").count();
+        mirrors.report(&client, running).await;
+        assert_eq!(patches(), 1, "what is there is not sent again");
+        // kubectl delete: it comes back, and is told the status again
+        let mut deleted = stored();
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now());
+        deleted.metadata.deletion_timestamp = Some(now);
+        watch(deleted);
+        pods_ensured(&mirrors, &pods).await;
+        assert!(stored().metadata.deletion_timestamp.is_none());
+        watch(stored());
+        mirrors.report(&client, running).await;
+        assert_eq!(patches(), 2);
+        // the manifest goes away
+        let key = PodKey { uid: "s".into(), namespace: "ns".into(), name: "a".into() };
+        mirrors.take(&PodChange::Removed(Origin::File, key));
+        mirrors.take(&PodChange::Synced(Origin::File));
+        mirrors.take(&PodChange::Synced(Origin::Url));
+        mirrors.delete_orphans(&pods).await;
+        assert!(api.get(PATH).is_none());
+    }
+
+    async fn pods_ensured(mirrors: &Mirrors, pods: &MirrorPods) {
+        mirrors.ensure(pods).await;
+        assert!(mirrors.lock().is_paused(&("ns".to_owned(), "a".to_owned())), "the watch is waited for");
     }
 
     #[test]
