@@ -1,6 +1,7 @@
 //! `gantry run` and the commands on the local socket, for real: a node in a network namespace of its own, an image from
 //! a registry in it, containers. Needs root and a static busybox.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::disallowed_methods, reason = "a test starts programs, and looks again and again at what they write")]
 
 mod registry;
 
@@ -84,7 +85,13 @@ impl Place {
     /// A command on the node's socket.
     fn gantry(&self, args: &[&str]) -> Output {
         let (command, rest) = args.split_first().unwrap();
-        Command::new(GANTRY).arg(command).arg(self.state_dir()).args(rest).stdin(Stdio::null()).output().expect("gantry")
+        Command::new(GANTRY)
+            .arg(command)
+            .arg(self.state_dir())
+            .args(rest)
+            .stdin(Stdio::null())
+            .output()
+            .expect("gantry")
     }
 
     fn manifest(&self, script: &str) -> PathBuf {
@@ -167,7 +174,9 @@ fn a_pod_that_ends_gives_its_logs_and_its_exit_code_and_leaves_nothing() {
     assert_eq!(wait(&mut child), 1, "{:?}", place.shown());
     let (stdout, stderr) = place.shown();
     assert_eq!(stdout, "main | hello\n", "{stderr}");
-    for words in ["pulling ", "pod default/web has address 10.88.", "pod default/web failed: container main Error, exit code 3"] {
+    for words in
+        ["pulling ", "pod default/web has address 10.88.", "pod default/web failed: container main Error, exit code 3"]
+    {
         assert!(stderr.contains(words), "{words}: {stderr}");
     }
     assert_eq!(fs::read_dir(place.path("run/pods")).unwrap().count(), 0);
@@ -190,11 +199,19 @@ fn the_other_commands_see_the_pod_and_an_interrupt_ends_it_with_grace() {
 
     let text = |args: &[&str]| {
         let output = place.gantry(args);
-        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned())
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
     };
     let (code, ps, error) = text(&["ps"]);
     let row: Vec<_> = ps.lines().nth(1).unwrap_or_default().split_whitespace().map(str::to_owned).collect();
-    assert_eq!((code, &row[..5]), (Some(0), &["default", "web", "1/1", "Running", "0"].map(str::to_owned)[..]), "{ps} {error}");
+    assert_eq!(
+        (code, &row[..5]),
+        (Some(0), &["default", "web", "1/1", "Running", "0"].map(str::to_owned)[..]),
+        "{ps} {error}"
+    );
     assert_eq!(text(&["logs", "web"]), (Some(0), "up\n".to_owned(), String::new()));
     assert_eq!(text(&["logs", "web", "-c", "other"]).0, Some(1));
     let (code, out, error) = text(&["exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 7"]);
@@ -214,10 +231,37 @@ fn the_other_commands_see_the_pod_and_an_interrupt_ends_it_with_grace() {
 }
 
 #[test]
+fn a_second_run_uses_the_first_ones_node_and_a_second_interrupt_kills() {
+    let place = Place::new("kills");
+    let mut child = place.run(&place.manifest("trap 'echo no' TERM; echo up; while :; do sleep 0.1; done"));
+    until("the Pod runs", &place, &mut child, || place.shown().0.contains("main | up\n"));
+    let other = fs::read_to_string(place.path("pod.yaml")).unwrap().replace("name: web", "name: other");
+    let path = place.path("other.yaml");
+    fs::write(&path, other).unwrap();
+    let taken = place.gantry(&["run", "-d", &place.path("pod.yaml").display().to_string()]);
+    assert!(String::from_utf8_lossy(&taken.stderr).contains("default/web is on this node already"), "{taken:?}");
+    let detached = place.gantry(&["run", "-d", &path.display().to_string()]);
+    assert!(detached.status.success(), "{detached:?}");
+    let began = Instant::now();
+    let removed = place.gantry(&["rm", "--grace-period=0", "other"]);
+    assert!(removed.status.success() && began.elapsed() < Duration::from_secs(10), "{removed:?}");
+    assert!(!String::from_utf8_lossy(&place.gantry(&["ps"]).stdout).contains("other"));
+
+    let pid = Pid::from_raw(child.id().cast_signed());
+    kill(pid, Signal::SIGINT).unwrap();
+    until("the Pod refuses to end", &place, &mut child, || place.shown().0.contains("main | no\n"));
+    let began = Instant::now();
+    kill(pid, Signal::SIGINT).unwrap();
+    assert_eq!(wait(&mut child), 130, "{:?}", place.shown());
+    assert!(began.elapsed() < Duration::from_secs(10), "its grace is 30 s");
+}
+
+#[test]
 fn a_wrong_manifest_names_file_field_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pod.yaml");
-    fs::write(&path, "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c, imag: x}]}\n").unwrap();
+    fs::write(&path, "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c, imag: x}]}\n")
+        .unwrap();
     let output = Command::new(GANTRY).arg("run").arg(&path).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1));
