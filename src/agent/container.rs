@@ -376,7 +376,8 @@ impl Node {
         event(false, "Pulling", format!("Pulling image {requested:?}"));
         let reference: Reference = requested.parse().map_err(failed)?;
         let keyring = self.pull_secrets(&desired.pod).await;
-        let pulled = self.images.pull(requested, &keyring.lookup(&reference), None).await.map_err(failed)?;
+        let (progress, _shown) = self.pulls.begin(desired.uid(), spec.name(), requested);
+        let pulled = self.images.pull(requested, &keyring.lookup(&reference), Some(progress)).await.map_err(failed)?;
         let took = format!("{:.3}s", pulled.duration.as_secs_f64());
         event(
             false,

@@ -13,6 +13,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use tokio::sync::watch;
 
 use super::pods::Pods;
+use super::progress::Pulls;
 use super::records::Records;
 use super::report;
 use crate::config::Config;
@@ -47,6 +48,8 @@ pub struct Node {
     pub images: Arc<ImageStore>,
     /// Registry credentials of the node itself.
     pub keyring: Keyring,
+    /// Pulls that run.
+    pub pulls: Arc<Pulls>,
     /// Pod network.
     pub network: Arc<Network>,
     /// DNS settings.
@@ -195,6 +198,7 @@ impl Effects for NodeEffects {
         }
     }
 
+    // what the API server shows of a static Pod is its mirror, which `super::mirrors` keeps up to date
     async fn report(&self, desired: Arc<Desired>, base: PodStatus, status: PodStatus) -> ApiAnswer {
         match &self.0.api {
             Some(api) if !desired.is_static => report::report(&api.client(), &desired, &base, &status).await,

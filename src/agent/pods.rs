@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use crate::pod::effects::{Effects, RuntimeEvent};
 use crate::pod::model::{Admission, Desired, Observed};
 use crate::pod::worker::{Message, Worker};
+use crate::source::{Origin, origin};
 
 /// A Pod as readers see it.
 #[derive(Clone, Debug)]
@@ -43,7 +44,9 @@ struct Entry {
     /// Admitted since the view was published; admission counts it.
     admitted: bool,
     /// Of which source; a source's first full list removes only its own.
-    is_static: bool,
+    origin: Origin,
+    /// Its source has dropped it: it ends.
+    removed: bool,
     /// A static Pod that waits for the end of the one whose name it has.
     successor: Option<Desired>,
 }
@@ -133,6 +136,10 @@ impl Pods {
     pub async fn set<E: Effects>(self: &Arc<Self>, effects: &Arc<E>, desired: Desired) {
         let uid = desired.uid().to_owned();
         if let Some(sender) = self.sender(&uid) {
+            // a manifest that was taken away and put back has the identity it had; what ends, ends
+            if desired.is_static && self.wait_for_end(&desired) {
+                return;
+            }
             // a full channel is a worker that is busy; it takes its messages in order
             let _ = sender.send(Message::Desired(Box::new(desired))).await;
             return;
@@ -143,13 +150,26 @@ impl Pods {
         self.spawn(effects, desired, None);
     }
 
+    /// Whether the Pod of that UID is ending; the new one starts after it then.
+    fn wait_for_end(&self, desired: &Desired) -> bool {
+        let mut entries = self.lock();
+        let ending = entries.get_mut(desired.uid()).filter(|entry| entry.removed);
+        ending.map(|entry| entry.successor = Some(desired.clone())).is_some()
+    }
+
+    /// Whether a Pod's source has dropped it, so that it is about to be gone.
+    #[must_use]
+    pub fn is_ending(&self, uid: &str) -> bool {
+        self.lock().get(uid).is_some_and(|entry| entry.removed)
+    }
+
     /// A static Pod's name stays the same when its manifest changes: the new one starts after the old one's end.
     fn wait_for_namesake(&self, desired: &Desired) -> bool {
         let meta = &desired.pod.metadata;
         let mut entries = self.lock();
         let namesake = entries.values_mut().find(|entry| {
             let other = &entry.view.desired.pod.metadata;
-            entry.is_static && other.name == meta.name && other.namespace == meta.namespace
+            entry.origin != Origin::Api && other.name == meta.name && other.namespace == meta.namespace
         });
         namesake.map(|entry| entry.successor = Some(desired.clone())).is_some()
     }
@@ -157,7 +177,7 @@ impl Pods {
     /// Starts the worker of a Pod, with the record of an earlier life if there is one.
     pub fn spawn<E: Effects>(self: &Arc<Self>, effects: &Arc<E>, desired: Desired, record: Option<Observed>) {
         let uid = desired.uid().to_owned();
-        let is_static = desired.is_static;
+        let origin = origin(&desired.pod);
         let view = PodView {
             desired: Arc::new(desired.clone()),
             observed: Arc::new(record.clone().unwrap_or_default()),
@@ -176,7 +196,7 @@ impl Pods {
                 pods.spawn(&effects, successor, None);
             }
         });
-        entries.insert(uid, Entry { sender, task, view, admitted: false, is_static, successor: None });
+        entries.insert(uid, Entry { sender, task, view, admitted: false, origin, removed: false, successor: None });
         drop(entries);
         self.changed.send_modify(|n| *n += 1);
     }
@@ -188,16 +208,19 @@ impl Pods {
             for entry in entries.values_mut().filter(|e| e.successor.as_ref().is_some_and(|s| s.uid() == uid)) {
                 entry.successor = None;
             }
+            if let Some(entry) = entries.get_mut(uid) {
+                entry.removed = true;
+            }
         }
         self.send(uid, Message::Removed).await;
     }
 
     /// A source has listed everything it has: Pods of it that are not among them are gone.
-    pub async fn retain(&self, is_static: bool, present: &HashSet<String>) {
+    pub async fn retain(&self, origin: Origin, present: &HashSet<String>) {
         let gone: Vec<_> = self
             .lock()
             .iter()
-            .filter(|(uid, entry)| entry.is_static == is_static && !present.contains(*uid))
+            .filter(|(uid, entry)| entry.origin == origin && !present.contains(*uid))
             .map(|(uid, _)| uid.clone())
             .collect();
         for uid in gone {

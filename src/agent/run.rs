@@ -17,7 +17,9 @@ use tokio_util::sync::CancellationToken;
 use super::node::{Node, NodeEffects};
 use super::pods::Pods;
 use super::records::Records;
-use super::{images, serving, sources};
+use super::mirrors::Mirrors;
+use super::progress::Pulls;
+use super::{images, local, serving, sources};
 use crate::config::Config;
 use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
 use crate::network::dns::{NodeDns, ResolvConf};
@@ -35,7 +37,7 @@ use crate::resources::cgroup::{CgroupConfig, CgroupTree, Driver};
 use crate::resources::limits::LimitPolicy;
 use crate::runtime::client::ShimLauncher;
 use crate::runtime::spec::NodeTraits;
-use crate::source::{PodChange, api as api_source};
+use crate::source::{Origin, PodChange, api as api_source, origin};
 use crate::volume::{VolumeConfig, VolumeManager};
 
 /// How often images are looked at for collection (`ImageGCPeriod` in kubelet).
@@ -43,6 +45,9 @@ const IMAGE_GC_PERIOD: Duration = Duration::from_secs(5 * 60);
 
 /// The address ranges that the cluster has assigned, for the next start.
 const POD_CIDRS_FILE: &str = "pod-cidrs.json";
+
+/// How long a standalone node waits for its Pod network.
+const NETWORK_WAIT: Duration = Duration::from_secs(10);
 
 /// Features whose meaning for other components this node has (`status.declaredFeatures`).
 const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
@@ -90,7 +95,7 @@ async fn run(config: Arc<Config>) -> Result<(), String> {
         tracing::warn!("{warning}");
     }
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let started = start(config);
+    let started = start(config, Role::Agent);
     let running = tokio::select! {
         running = started => running?,
         _ = terminate.recv() => return Ok(()),
@@ -101,20 +106,65 @@ async fn run(config: Arc<Config>) -> Result<(), String> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping; Pods run on");
-    running.cluster.cancel.cancel();
-    running.node.pods.detach().await;
+    running.stop().await;
     Ok(())
+}
+
+/// What the process is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// A node of a cluster, or of its own, until it is told to stop.
+    Agent,
+    /// Runs what comes over the local socket, and nothing else: no manifests, no port.
+    Standalone,
 }
 
 struct Running {
     node: Arc<Node>,
     cluster: Cluster,
+    /// Nobody else may use the state directory meanwhile.
+    _lock: fs::File,
 }
 
-async fn start(config: Arc<Config>) -> Result<Running, String> {
+impl Running {
+    /// Lets go of the Pods.
+    async fn stop(self) {
+        self.cluster.cancel.cancel();
+        local::close(&self.node.config.paths.state_dir);
+        self.node.pods.detach().await;
+    }
+}
+
+/// A node inside another command: `gantry run` where no agent runs. Everything is asked of it over the local socket.
+pub struct Standalone(Running);
+
+impl Standalone {
+    /// Starts it, and waits until Pods can have a network. The configuration must have no kubeconfig.
+    ///
+    /// # Errors
+    /// A sentence that says which part cannot be started, and why.
+    pub async fn start(config: Config) -> Result<Self, String> {
+        let running = start(Arc::new(config), Role::Standalone).await?;
+        let mut health = running.cluster.health.subscribe();
+        let ready = health.wait_for(|health| health.network.is_ok());
+        if tokio::time::timeout(NETWORK_WAIT, ready).await.is_err() {
+            // Pods of the host's network do without
+            tracing::warn!("the Pod network is not ready");
+        }
+        Ok(Self(running))
+    }
+
+    /// Stops it; Pods that were not removed before run on, and the next agent adopts them.
+    pub async fn stop(self) {
+        self.0.stop().await;
+    }
+}
+
+async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     for dir in [&config.paths.root_dir, &config.paths.data_dir, &config.paths.state_dir] {
         fs::create_dir_all(dir).map_err(|error| format!("create {}: {error}", dir.display()))?;
     }
+    let lock = local::lock(&config.paths.state_dir).await?;
     if let Some(kubeconfig) = config.kubeconfig.as_deref().filter(|_| config.bootstrap_kubeconfig.is_some()) {
         tracing::debug!(kubeconfig = %kubeconfig.display(), "bootstrapping if need be");
         bootstrap::ensure_kubeconfig(&config).await.map_err(|error| error.to_string())?;
@@ -123,17 +173,24 @@ async fn start(config: Arc<Config>) -> Result<Running, String> {
     let node = build(&config, &cluster).await?;
     let effects = Arc::new(NodeEffects(node.clone()));
     adopt(&node, &effects).await?;
-    serving::start(&node, cluster.rotated.subscribe()).await?;
+    if role == Role::Standalone {
+        end_local_pods(&node).await;
+    }
+    let (server, client_ca) = serving::server(&node)?;
+    if role == Role::Agent {
+        serving::listen(&node, &server, client_ca, cluster.rotated.subscribe()).await?;
+    }
     // an agent that comes back with Pods running was ready before: it must not say otherwise for a moment
     let known = read_pod_cidrs(&config);
     set_pod_cidrs(&node, &known, &cluster.health).await;
     cluster.health.send_modify(|health| health.runtime = Ok(()));
-    watch_cluster(&config, &cluster, &node, &effects)?;
+    let changes = watch_cluster(&config, &cluster, &node, &effects, role)?;
+    local::serve(&node, server, changes)?;
     tokio::spawn(follow_pod_cidrs(node.clone(), cluster.object.subscribe(), cluster.health.clone()));
     tokio::spawn(refresh_volumes(node.clone()));
     tokio::spawn(keep_images(node.clone(), cluster.facts.clone()));
     tracing::info!(node = config.node_name, "the node is running");
-    Ok(Running { node, cluster })
+    Ok(Running { node, cluster, _lock: lock })
 }
 
 async fn connect(config: &Arc<Config>) -> Result<Cluster, String> {
@@ -210,6 +267,7 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
         pods: Arc::new(Pods::default()),
         images,
         keyring,
+        pulls: Arc::new(Pulls::default()),
         network: Arc::new(network),
         dns: dns(config, &addresses),
         volumes: Arc::new(volumes),
@@ -320,17 +378,30 @@ async fn adopt(node: &Arc<Node>, effects: &Arc<NodeEffects>) -> Result<(), Strin
     Ok(())
 }
 
+/// Pods of a `gantry run` that was killed have nobody left who would end them.
+async fn end_local_pods(node: &Arc<Node>) {
+    for view in node.pods.views().iter().filter(|view| origin(&view.desired.pod) == Origin::Local) {
+        tracing::warn!(pod = view.desired.uid(), "ending what an earlier run left");
+        node.pods.remove(view.desired.uid()).await;
+    }
+}
+
 /// Starts everything that talks to the API server or reads manifests.
 fn watch_cluster(
     config: &Arc<Config>,
     cluster: &Cluster,
     node: &Arc<Node>,
     effects: &Arc<NodeEffects>,
-) -> Result<(), String> {
+    role: Role,
+) -> Result<mpsc::Sender<PodChange>, String> {
     let (changes, inbox) = mpsc::channel::<PodChange>(256);
-    tokio::spawn(sources::follow(node.clone(), effects.clone(), inbox));
-    sources::start_static(config, &changes)?;
-    let (Some(api), Some(credentials)) = (&cluster.api, Credentials::from_config(config)) else { return Ok(()) };
+    let mirrors = Arc::new(Mirrors::default());
+    tokio::spawn(sources::follow(node.clone(), effects.clone(), mirrors.clone(), inbox));
+    if role == Role::Agent {
+        sources::start_static(config, &changes)?;
+    }
+    let (Some(api), Some(credentials)) = (&cluster.api, Credentials::from_config(config)) else { return Ok(changes) };
+    tokio::spawn(mirrors.run(node.clone(), api.client()));
     let keeper = NodeKeeper {
         config: config.clone(),
         client: api.client(),
@@ -365,8 +436,8 @@ fn watch_cluster(
         }
     });
     let object = cluster.object.subscribe();
-    tokio::spawn(api_source::watch_pods(api.client(), config.node_name.clone(), object, changes));
-    Ok(())
+    tokio::spawn(api_source::watch_pods(api.client(), config.node_name.clone(), object, changes.clone()));
+    Ok(changes)
 }
 
 /// Gives the network the address ranges that the cluster assigns, and tells the node's health.

@@ -21,11 +21,10 @@ use crate::server::{Server, ServerOptions};
 /// How long a client CA or serving certificate file may be out of date.
 const RELOAD: Duration = Duration::from_secs(60);
 
-/// Starts the server. Its tasks end with the runtime.
-pub(super) async fn start(node: &Arc<Node>, rotated: watch::Receiver<u64>) -> Result<Arc<Server>, String> {
+/// The server, which listens nowhere yet, and the certificate authority of its clients.
+pub(super) fn server(node: &Arc<Node>) -> Result<(Arc<Server>, Arc<ClientCa>), String> {
     let config = &node.config;
     let kubelet = &config.kubelet;
-    let certificate = certificate(config, &node.addresses)?;
     let client_ca = Arc::new(ClientCa::none());
     let ca_file = kubelet.authentication.x509.client_ca_file.clone();
     if !ca_file.is_empty() {
@@ -58,6 +57,19 @@ pub(super) async fn start(node: &Arc<Node>, rotated: watch::Receiver<u64>) -> Re
     options.stream_limits.idle_timeout = kubelet.streaming_connection_idle_timeout.std();
     let server = Server::new(Arc::new(Endpoints(node.clone())), auth, options)
         .map_err(|error| format!("start the server: {error}"))?;
+    Ok((server, client_ca))
+}
+
+/// Serves HTTPS and the health port. The tasks end with the runtime.
+pub(super) async fn listen(
+    node: &Arc<Node>,
+    server: &Arc<Server>,
+    client_ca: Arc<ClientCa>,
+    rotated: watch::Receiver<u64>,
+) -> Result<(), String> {
+    let config = &node.config;
+    let kubelet = &config.kubelet;
+    let certificate = certificate(config, &node.addresses)?;
     let tls_options =
         TlsOptions { min_version: kubelet.tls_min_version.clone(), cipher_suites: kubelet.tls_cipher_suites.clone() };
     let tls = server_config(certificate.clone(), &tls_options).map_err(|error| error.to_string())?;
@@ -67,8 +79,9 @@ pub(super) async fn start(node: &Arc<Node>, rotated: watch::Receiver<u64>) -> Re
         let health = bind(&kubelet.healthz_bind_address, kubelet.healthz_port, "healthzPort").await?;
         tokio::spawn(server.clone().serve_healthz(health));
     }
+    let ca_file = kubelet.authentication.x509.client_ca_file.clone();
     tokio::spawn(reload(config.clone(), certificate, client_ca, ca_file, rotated));
-    Ok(server)
+    Ok(())
 }
 
 async fn bind(address: &str, port: i32, field: &str) -> Result<TcpListener, String> {

@@ -16,7 +16,16 @@ pub(super) fn directives(verbosity: u32) -> &'static str {
 
 /// Starts logging; `RUST_LOG` wins over the verbosity. A second call changes nothing.
 pub(super) fn start(logging: &Logging) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(directives(logging.verbosity)));
+    start_with(logging, directives(logging.verbosity));
+}
+
+/// Logging of a command whose output is for a person: warnings only, until `-v` asks for more.
+pub(super) fn start_quiet(logging: &Logging) {
+    start_with(logging, if logging.verbosity == 0 { "warn" } else { directives(logging.verbosity) });
+}
+
+fn start_with(logging: &Logging, directives: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(directives));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // an error says that a logger is there already, as in tests
     let _ = if logging.format == "json" {

@@ -4,7 +4,17 @@
 //! tools made for kubelet work unchanged.
 
 mod agent;
+mod client;
+mod exec;
+mod follow;
+mod images;
 mod log;
+mod logs;
+mod ps;
+mod rm;
+mod run;
+mod table;
+mod target;
 mod version;
 
 use std::ffi::OsString;
@@ -26,7 +36,15 @@ struct Subcommand {
 }
 
 /// All subcommands but `agent`, which main gives its body, and `shim`, which main takes before us.
-const SUBCOMMANDS: &[Subcommand] = &[Subcommand { name: version::NAME, command: version::command, run: version::run }];
+const SUBCOMMANDS: &[Subcommand] = &[
+    Subcommand { name: run::NAME, command: run::command, run: run::run },
+    Subcommand { name: ps::NAME, command: ps::command, run: ps::run },
+    Subcommand { name: logs::NAME, command: logs::command, run: logs::run },
+    Subcommand { name: exec::NAME, command: exec::command, run: exec::run },
+    Subcommand { name: images::NAME, command: images::command, run: images::run },
+    Subcommand { name: rm::NAME, command: rm::command, run: rm::run },
+    Subcommand { name: version::NAME, command: version::command, run: version::run },
+];
 
 /// Runs what the arguments (with the program's name first) ask for; `run_agent` is the agent's body.
 pub fn main(args: Vec<OsString>, run_agent: fn(Config) -> ExitCode) -> ExitCode {

@@ -129,6 +129,19 @@ pub fn normalize(args: impl IntoIterator<Item = OsString>) -> impl Iterator<Item
 }
 
 impl Flags {
+    /// For a node by itself that a user starts by hand: no API server, and cgroup v1 is good enough unless a flag or
+    /// file says otherwise.
+    #[must_use]
+    pub fn standalone(mut self) -> Self {
+        self.kubeconfig = None;
+        self.bootstrap_kubeconfig = None;
+        if self.config.is_none() && self.config_dir.is_none() {
+            // what flags say comes later and wins
+            self.fields.insert(0, ("failCgroupV1", false.into()));
+        }
+        self
+    }
+
     /// The typed values of parsed arguments.
     pub fn from_matches(matches: &ArgMatches) -> Result<Self, FlagError> {
         let mut values: BTreeMap<&str, Value> = BTreeMap::new();

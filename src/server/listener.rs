@@ -12,14 +12,14 @@ use rustix::net::sockopt;
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
 use tower::Service;
 
-use super::{Server, client_ca::PeerCertificates, routes};
+use super::{Server, client_ca::PeerCertificates, local::LocalApi, routes};
 
 /// For the TLS handshake; as long as Go's client gives it.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,6 +39,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// A client's connection.
 pub struct Connection {
     peer: PeerCertificates,
+    local: bool,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -47,6 +48,42 @@ impl Connection {
     pub fn peer(&self) -> &PeerCertificates {
         &self.peer
     }
+
+    /// Whether it came over the unix socket, whose peers are allowed everything.
+    pub fn is_local(&self) -> bool {
+        self.local
+    }
+}
+
+/// A socket that connections come from.
+trait Listener {
+    type Stream;
+
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        let (stream, _) = self.accept().await?;
+        tune(&stream);
+        Ok(stream)
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+/// Root, and who runs this program, may use the unix socket.
+fn is_trusted(stream: &UnixStream) -> bool {
+    let peer = stream.peer_cred().map(|peer| peer.uid());
+    peer.is_ok_and(|uid| uid == 0 || uid == rustix::process::geteuid().as_raw())
 }
 
 impl Server {
@@ -64,7 +101,7 @@ impl Server {
                     Err(_) => return tracing::debug!("TLS handshake timed out"),
                 };
                 let peer = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec).unwrap_or_default();
-                let connection = Arc::new(Connection { peer, _permit: permit });
+                let connection = Arc::new(Connection { peer, local: false, _permit: permit });
                 let handler = Arc::clone(&server);
                 let service = service_fn(move |request: Request<Incoming>| {
                     let (handler, connection, routes) = (Arc::clone(&handler), Arc::clone(&connection), routes.clone());
@@ -92,15 +129,40 @@ impl Server {
         self.accept(listener, handle).await;
     }
 
-    async fn accept<F>(&self, listener: TcpListener, handle: impl Fn(TcpStream, OwnedSemaphorePermit) -> F)
+    /// Serves every endpoint and the node's [`LocalApi`] on a unix socket until [`shutdown`](Self::shutdown): to root
+    /// and our own user, by their peer credentials, without TLS or an authorizer.
+    pub async fn serve_local(self: Arc<Self>, listener: UnixListener, local: Arc<dyn LocalApi>) {
+        let routes = warp::service(routes::with_local(Arc::clone(&self), local));
+        let server = Arc::clone(&self);
+        let handle = move |stream: UnixStream, permit: OwnedSemaphorePermit| {
+            let (server, routes) = (Arc::clone(&server), routes.clone());
+            async move {
+                if !is_trusted(&stream) {
+                    return tracing::warn!("a user who is not root was refused at the local socket");
+                }
+                let connection =
+                    Arc::new(Connection { peer: PeerCertificates::default(), local: true, _permit: permit });
+                let handler = Arc::clone(&server);
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let (handler, connection, routes) = (Arc::clone(&handler), Arc::clone(&connection), routes.clone());
+                    async move { Ok::<_, Infallible>(handler.handle(&connection, routes, request).await) }
+                });
+                http(&server, stream, service).await;
+            }
+        };
+        self.accept(listener, handle).await;
+    }
+
+    async fn accept<L, F>(&self, listener: L, handle: impl Fn(L::Stream, OwnedSemaphorePermit) -> F)
     where
+        L: Listener,
         F: Future<Output = ()> + Send + 'static,
     {
         let places = Arc::new(Semaphore::new(self.options.max_connections));
         loop {
             let next = async {
                 let permit = Arc::clone(&places).acquire_owned().await.map_err(io::Error::other)?;
-                let (stream, _) = listener.accept().await?;
+                let stream = listener.next().await?;
                 Ok::<_, io::Error>((stream, permit))
             };
             let accepted = tokio::select! {
@@ -109,7 +171,6 @@ impl Server {
             };
             match accepted {
                 Ok((stream, permit)) => {
-                    tune(&stream);
                     tokio::spawn(handle(stream, permit));
                 }
                 Err(error) => {

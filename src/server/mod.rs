@@ -13,6 +13,7 @@ pub mod exposition;
 mod health;
 mod host_logs;
 mod listener;
+pub mod local;
 pub mod logs;
 mod metrics;
 pub mod query;
@@ -127,12 +128,17 @@ impl Server {
         S: Service<Request<Incoming>, Response = Response, Error = std::convert::Infallible>,
     {
         let path = request.uri().path();
-        let admitted = self.auth.admit(connection.peer(), request.headers(), request.method(), path).await;
-        if let Err(denied) = admitted {
-            tracing::debug!(path, status = denied.status.as_u16(), "Request denied");
-            return denied.into();
+        if !connection.is_local() {
+            let admitted = self.auth.admit(connection.peer(), request.headers(), request.method(), path).await;
+            if let Err(denied) = admitted {
+                tracing::debug!(path, status = denied.status.as_u16(), "Request denied");
+                return denied.into();
+            }
         }
-        if !self.options.debugging_handlers && DEBUG_PATHS.iter().any(|root| path.starts_with(root)) {
+        if !connection.is_local()
+            && !self.options.debugging_handlers
+            && DEBUG_PATHS.iter().any(|root| path.starts_with(root))
+        {
             return respond::text(StatusCode::METHOD_NOT_ALLOWED, "Debug endpoints are disabled.\n");
         }
         if streaming::is_streaming(path) {

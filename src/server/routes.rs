@@ -14,7 +14,7 @@ use super::{
     Server,
     api::{ApiError, ExecOptions, MetricsEndpoint},
     exposition::Exposition,
-    health, host_logs,
+    health, host_logs, local,
     logs::{
         follow, instance,
         options::{LogOptions, OptionsError},
@@ -45,12 +45,12 @@ fn only(methods: &'static [Method]) -> impl Filter<Extract = (), Error = Rejecti
         .untuple_one()
 }
 
-fn parsed_query() -> impl Filter<Extract = (Query,), Error = Infallible> + Clone {
+pub(super) fn parsed_query() -> impl Filter<Extract = (Query,), Error = Infallible> + Clone {
     warp::query::raw().or(warp::any().map(String::new)).unify().map(|raw: String| Query::parse(&raw))
 }
 
 /// A path segment, decoded.
-fn segment() -> impl Filter<Extract = (String,), Error = Rejection> + Clone {
+pub(super) fn segment() -> impl Filter<Extract = (String,), Error = Rejection> + Clone {
     warp::path::param::<String>().map(|text: String| query::decode_segment(&text))
 }
 
@@ -63,16 +63,28 @@ async fn explain(rejection: Rejection) -> Result<Response, Infallible> {
 
 /// All of them; nothing is rejected, unknown paths are answered with 404.
 pub(super) fn all(server: Arc<Server>) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone {
-    let routes = health_routes(&server)
-        .or(pod_routes(&server))
+    every(&server).recover(explain).unify()
+}
+
+/// All of them, and those that only the local socket has.
+pub(super) fn with_local(
+    server: Arc<Server>,
+    api: Arc<dyn local::LocalApi>,
+) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone {
+    local::routes(api).or(every(&server)).unify().recover(explain).unify()
+}
+
+fn every(server: &Arc<Server>) -> BoxedFilter<(Response,)> {
+    health_routes(server)
+        .or(pod_routes(server))
         .unify()
-        .or(statistics_routes(&server))
+        .or(statistics_routes(server))
         .unify()
-        .or(container_routes(&server))
+        .or(container_routes(server))
         .unify()
-        .or(system_routes(&server))
-        .unify();
-    routes.recover(explain).unify()
+        .or(system_routes(server))
+        .unify()
+        .boxed()
 }
 
 /// Those of the health port.

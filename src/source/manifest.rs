@@ -101,7 +101,13 @@ fn static_pod(value: Value, source: Origin, name: &str, node_name: &str) -> Resu
         problems: vec![format!("{}: {}", error.path(), error.inner())],
     })?;
     let read = serde_json::to_value(&pod).unwrap_or_default();
-    for path in unknown_fields(&value, &read) {
+    let unknown = unknown_fields(&value, &read);
+    if source == Origin::Local && !unknown.is_empty() {
+        // who waits for the Pod can mend the manifest now
+        let problem = |path: &String| format!("{path}: unknown field: correct its spelling or remove it");
+        return Err(ManifestError::Invalid { origin: origin(), problems: unknown.iter().map(problem).collect() });
+    }
+    for path in unknown {
         tracing::warn!(manifest = name, field = path, "unknown field in static Pod ignored: correct or remove it");
     }
     // server-side facts in an exported manifest are not the author's wish
@@ -121,7 +127,9 @@ fn static_pod(value: Value, source: Origin, name: &str, node_name: &str) -> Resu
         None => identity(&pod, source, name, node_name),
     };
     pod.metadata.uid = Some(uid.clone());
-    pod.metadata.name = Some(format!("{base}-{}", node_name.to_lowercase()));
+    // a local Pod has no mirror: its name need not differ from other nodes'
+    pod.metadata.name =
+        Some(if source == Origin::Local { base } else { format!("{base}-{}", node_name.to_lowercase()) });
     if pod.metadata.namespace.as_deref().unwrap_or("").is_empty() {
         pod.metadata.namespace = Some("default".to_owned());
     }
@@ -131,7 +139,7 @@ fn static_pod(value: Value, source: Origin, name: &str, node_name: &str) -> Resu
     annotations.insert(SEEN.to_owned(), Timestamp::now().to_string());
     if let Some(spec) = &mut pod.spec {
         spec.node_name = Some(node_name.to_owned());
-        if source == Origin::File {
+        if matches!(source, Origin::File | Origin::Local) {
             tolerate_everything(spec.tolerations.get_or_insert_default());
         }
     }
@@ -163,6 +171,7 @@ fn identity(pod: &Pod, source: Origin, name: &str, node_name: &str) -> String {
     hash.update(serde_json::to_vec(pod).unwrap_or_default());
     match source {
         Origin::File => hash.update(format!("host:{node_name}file:{name}")),
+        Origin::Local => hash.update(format!("host:{node_name}local:{name}")),
         _ => hash.update(format!("url:{name}")),
     }
     hex::encode(&hash.finalize()[..16])
@@ -268,6 +277,20 @@ mod tests {
             let error = one(&MANIFEST.replace(from, to)).unwrap_err().to_string();
             assert!(error.starts_with("/m/web.yaml: ") && error.contains(words), "{error}");
         }
+    }
+
+    #[test]
+    fn a_local_pod_keeps_its_name_and_its_author_is_told_of_misspelt_fields() {
+        let local = |text: &str| parse_manifest(text, Origin::Local, "pod.yaml", "n");
+        let pod = local(MANIFEST).unwrap().remove(0);
+        assert_eq!(pod.metadata.name.as_deref(), Some("web"));
+        assert_eq!(super::super::origin(&pod), Origin::Local);
+        assert!(super::super::is_static(&pod));
+        let error = local(&MANIFEST.replace("name: c,", "name: c, imag: x,")).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "pod.yaml: invalid pod: [spec.containers[0].imag: unknown field: correct its spelling or remove it]"
+        );
     }
 
     #[test]

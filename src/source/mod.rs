@@ -21,7 +21,7 @@ pub use manifest::{ManifestError, parse_manifest};
 pub use mirror::{MirrorAction, MirrorPods};
 pub use url::{UrlSource, watch_url};
 
-/// `api`, `file` or `http`: who said that a Pod shall be.
+/// `api`, `file`, `http` or `local`: who said that a Pod shall be.
 pub const SOURCE: &str = "kubernetes.io/config.source";
 /// When the node first saw the Pod.
 pub const SEEN: &str = "kubernetes.io/config.seen";
@@ -39,6 +39,8 @@ pub enum Origin {
     File,
     /// A manifest URL.
     Url,
+    /// Somebody at this machine, over the local socket.
+    Local,
 }
 
 impl Origin {
@@ -49,6 +51,7 @@ impl Origin {
             Self::Api => "api",
             Self::File => "file",
             Self::Url => "http",
+            Self::Local => "local",
         }
     }
 }
@@ -94,6 +97,17 @@ fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
 #[must_use]
 pub fn is_mirror(pod: &Pod) -> bool {
     annotation(pod, MIRROR).is_some()
+}
+
+/// Who said that a Pod shall be; the API server, if it does not tell.
+#[must_use]
+pub fn origin(pod: &Pod) -> Origin {
+    match annotation(pod, SOURCE) {
+        Some("file") => Origin::File,
+        Some("http") => Origin::Url,
+        Some("local") => Origin::Local,
+        _ => Origin::Api,
+    }
 }
 
 /// Whether a Pod comes from a file or URL (mirrors do not).

@@ -1,0 +1,269 @@
+//! `gantry run` and the commands on the local socket, for real: a node in a network namespace of its own, an image from
+//! a registry in it, containers. Needs root and a static busybox.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::disallowed_methods, reason = "a test starts programs, and looks again and again at what they write")]
+
+mod registry;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const GANTRY: &str = env!("CARGO_BIN_EXE_gantry");
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A place for one node: namespaces of the calling thread, directories, cgroups.
+struct Place {
+    dir: tempfile::TempDir,
+    registry: String,
+    cgroup: String,
+}
+
+fn tool(args: &[&str]) {
+    let status = Command::new("/bin/busybox").args(args).status().expect("busybox");
+    assert!(status.success(), "busybox {args:?}");
+}
+
+impl Place {
+    fn new(name: &str) -> Self {
+        // of this thread, and so of what it starts: links, rules and mounts end with it
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("root");
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private");
+        tool(&["ip", "link", "set", "lo", "up"]);
+        tool(&["ip", "addr", "add", "10.99.0.1/24", "dev", "lo"]);
+        let dir = tempfile::Builder::new().prefix("gantry-local-test-").tempdir_in("/tmp").expect("directory");
+        let cgroup = format!("/gantry-local-{name}-{}", std::process::id());
+        Self { dir, registry: registry::start(), cgroup }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn state_dir(&self) -> String {
+        format!("--state-dir={}", self.path("run").display())
+    }
+
+    /// Starts `gantry run`; its output goes to files.
+    fn run(&self, manifest: &Path) -> Child {
+        let config = self.path("config.yaml");
+        let text = format!(
+            "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nfailCgroupV1: false\n\
+             podLogsDir: {}\n",
+            self.path("pods").display()
+        );
+        fs::write(&config, text).unwrap();
+        let flag = |name: &str, value: &Path| format!("--{name}={}", value.display());
+        Command::new(GANTRY)
+            .arg("run")
+            .arg(manifest)
+            .args([
+                self.state_dir(),
+                flag("data-dir", &self.path("data")),
+                flag("root-dir", &self.path("kubelet")),
+                flag("cert-dir", &self.path("pki")),
+                flag("config", &config),
+                flag("container-logs-dir", &self.path("links")),
+                format!("--cgroup-root={}", self.cgroup),
+                format!("--insecure-registry={}", self.registry),
+                "--node-ip=10.99.0.1".to_owned(),
+                "--hostname-override=here".to_owned(),
+            ])
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(self.path("stdout")).unwrap())
+            .stderr(fs::File::create(self.path("stderr")).unwrap())
+            .spawn()
+            .expect("start gantry")
+    }
+
+    /// A command on the node's socket.
+    fn gantry(&self, args: &[&str]) -> Output {
+        let (command, rest) = args.split_first().unwrap();
+        Command::new(GANTRY)
+            .arg(command)
+            .arg(self.state_dir())
+            .args(rest)
+            .stdin(Stdio::null())
+            .output()
+            .expect("gantry")
+    }
+
+    fn manifest(&self, script: &str) -> PathBuf {
+        let path = self.path("pod.yaml");
+        let text = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: web}}\nspec:\n  restartPolicy: Never\n  containers:\n  \
+             - {{name: main, image: \"{}/busybox:1\", command: [sh, -c, {script:?}]}}\n",
+            self.registry
+        );
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn shown(&self) -> (String, String) {
+        let read = |name: &str| fs::read_to_string(self.path(name)).unwrap_or_default();
+        (read("stdout"), read("stderr"))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        for hierarchy in hierarchies() {
+            remove_cgroups(&hierarchy.join(&self.cgroup[1..]));
+        }
+    }
+}
+
+/// Every writable cgroup hierarchy: that of version 2, or those of the controllers.
+fn hierarchies() -> Vec<PathBuf> {
+    let root = PathBuf::from("/sys/fs/cgroup");
+    if root.join("cgroup.controllers").exists() {
+        return vec![root];
+    }
+    let entries = fs::read_dir(&root).expect("cgroups").flatten();
+    // links are second names
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+}
+
+fn remove_cgroups(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroups(&entry.path());
+        }
+    }
+    // one that still has processes shows in the assertions
+    let _ = fs::remove_dir(path);
+}
+
+fn wait(child: &mut Child) -> i32 {
+    let began = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code().expect("exited");
+        }
+        if began.elapsed() > PATIENCE {
+            let _ = child.kill();
+            let _ = child.wait();
+            panic!("gantry run does not end");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn until(what: &str, place: &Place, child: &mut Child, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        if began.elapsed() > PATIENCE || child.try_wait().unwrap().is_some() {
+            let _ = child.kill();
+            let _ = child.wait();
+            panic!("{what}: {:?}", place.shown());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_pod_that_ends_gives_its_logs_and_its_exit_code_and_leaves_nothing() {
+    let place = Place::new("ends");
+    let mut child = place.run(&place.manifest("echo hello; exit 3"));
+    assert_eq!(wait(&mut child), 1, "{:?}", place.shown());
+    let (stdout, stderr) = place.shown();
+    assert_eq!(stdout, "main | hello\n", "{stderr}");
+    for words in
+        ["pulling ", "pod default/web has address 10.88.", "pod default/web failed: container main Error, exit code 3"]
+    {
+        assert!(stderr.contains(words), "{words}: {stderr}");
+    }
+    assert_eq!(fs::read_dir(place.path("run/pods")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(place.path("pods")).unwrap().count(), 0, "logs");
+    // the image is there, the exit code is the Pod's
+    let mut child = place.run(&place.manifest("echo again"));
+    assert_eq!(wait(&mut child), 0, "{:?}", place.shown());
+    let (stdout, stderr) = place.shown();
+    assert!(stdout == "main | again\n" && !stderr.contains("pulling "), "{stdout} {stderr}");
+}
+
+#[test]
+fn the_other_commands_see_the_pod_and_an_interrupt_ends_it_with_grace() {
+    let place = Place::new("serves");
+    let refused = place.gantry(&["ps"]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && text.contains("run/gantry.sock") && text.contains("--state-dir"), "{text}");
+    let mut child = place.run(&place.manifest("trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.1; done"));
+    until("the Pod runs", &place, &mut child, || place.shown().0.contains("main | up\n"));
+
+    let text = |args: &[&str]| {
+        let output = place.gantry(args);
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    let (code, ps, error) = text(&["ps"]);
+    let row: Vec<_> = ps.lines().nth(1).unwrap_or_default().split_whitespace().map(str::to_owned).collect();
+    assert_eq!(
+        (code, &row[..5]),
+        (Some(0), &["default", "web", "1/1", "Running", "0"].map(str::to_owned)[..]),
+        "{ps} {error}"
+    );
+    assert_eq!(text(&["logs", "web"]), (Some(0), "up\n".to_owned(), String::new()));
+    assert_eq!(text(&["logs", "web", "-c", "other"]).0, Some(1));
+    let (code, out, error) = text(&["exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 7"]);
+    assert_eq!((code, out.as_str(), error.as_str()), (Some(7), "out\n", "err\n"));
+    let (_, images, _) = text(&["images"]);
+    assert!(images.contains(&format!("{}/busybox:1", place.registry)), "{images}");
+    let in_use = text(&["images", "--rm", &format!("{}/busybox:1", place.registry)]);
+    assert_eq!(in_use.0, Some(1), "{in_use:?}");
+    assert!(text(&["rm", "none"]).2.contains("gantry ps"));
+
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+    assert_eq!(wait(&mut child), 130, "{:?}", place.shown());
+    let (stdout, stderr) = place.shown();
+    assert_eq!(stdout, "main | up\nmain | bye\n", "{stderr}");
+    assert!(!place.path("run/gantry.sock").exists());
+    assert_eq!(fs::read_dir(place.path("run/pods")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_second_run_uses_the_first_ones_node_and_a_second_interrupt_kills() {
+    let place = Place::new("kills");
+    let mut child = place.run(&place.manifest("trap 'echo no' TERM; echo up; while :; do sleep 0.1; done"));
+    until("the Pod runs", &place, &mut child, || place.shown().0.contains("main | up\n"));
+    let other = fs::read_to_string(place.path("pod.yaml")).unwrap().replace("name: web", "name: other");
+    let path = place.path("other.yaml");
+    fs::write(&path, other).unwrap();
+    let taken = place.gantry(&["run", "-d", &place.path("pod.yaml").display().to_string()]);
+    assert!(String::from_utf8_lossy(&taken.stderr).contains("default/web is on this node already"), "{taken:?}");
+    let detached = place.gantry(&["run", "-d", &path.display().to_string()]);
+    assert!(detached.status.success(), "{detached:?}");
+    let began = Instant::now();
+    let removed = place.gantry(&["rm", "--grace-period=0", "other"]);
+    assert!(removed.status.success() && began.elapsed() < Duration::from_secs(10), "{removed:?}");
+    assert!(!String::from_utf8_lossy(&place.gantry(&["ps"]).stdout).contains("other"));
+
+    let pid = Pid::from_raw(child.id().cast_signed());
+    kill(pid, Signal::SIGINT).unwrap();
+    until("the Pod refuses to end", &place, &mut child, || place.shown().0.contains("main | no\n"));
+    let began = Instant::now();
+    kill(pid, Signal::SIGINT).unwrap();
+    assert_eq!(wait(&mut child), 130, "{:?}", place.shown());
+    assert!(began.elapsed() < Duration::from_secs(10), "its grace is 30 s");
+}
+
+#[test]
+fn a_wrong_manifest_names_file_field_and_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pod.yaml");
+    fs::write(&path, "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c, imag: x}]}\n")
+        .unwrap();
+    let output = Command::new(GANTRY).arg("run").arg(&path).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text.contains("pod.yaml") && text.contains("spec.containers[0].imag: unknown field"), "{text}");
+}
