@@ -96,10 +96,11 @@ func (r Runner) command(ctx context.Context, specs []Spec, log io.Writer) *exec.
 	cmd := exec.CommandContext(ctx, filepath.Join(r.Bin, "ginkgo"), args...)
 	cmd.Env = append(os.Environ(), "KUBE_TEST_REPO_LIST="+r.RepoList, "PATH="+r.Bin+":"+os.Getenv("PATH"))
 	cmd.Dir, cmd.Stdout, cmd.Stderr = r.Dir, log, log
-	// A process group of its own: Ctrl-C must interrupt it once, not twice. It
-	// does not outlive this process.
+	// A process group of its own, because Ctrl-C must interrupt it once, not
+	// twice; all of it is interrupted, as by a terminal: ginkgo does not pass
+	// the signal on. It does not outlive this process.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGTERM}
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGINT) }
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGINT) }
 	cmd.WaitDelay = 3 * time.Minute
 	return cmd
 }
