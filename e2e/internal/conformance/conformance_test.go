@@ -166,6 +166,9 @@ S [SKIPPED] [0.100 seconds]
 • [0.001 seconds]
 [sig-node] unknown [It] spec
 ------------------------------
+• [INTERRUPTED] [7.000 seconds]
+[sig-node] A [It] should work [Conformance] [sig-node]
+------------------------------
 [SynchronizedBeforeSuite] PASSED [1.203 seconds]
 [SynchronizedBeforeSuite]
 a.go:3

@@ -47,7 +47,7 @@ func (p *progress) Write(data []byte) (int, error) {
 const delimiter = "------------------------------"
 
 var (
-	heading = regexp.MustCompile(`^(•|S) (?:\[([A-Z ]+)\] )?\[([0-9.]+) seconds\]$`)
+	heading = regexp.MustCompile(`^(•|S) (?:\[([A-Z! ]+)\] )?\[([0-9.]+) seconds\]$`)
 	leaf    = regexp.MustCompile(` ?\[It\]`)
 )
 
@@ -61,7 +61,8 @@ func (p *progress) read(line string) {
 	switch p.after {
 	case 0:
 		p.after = -1
-		if m := heading.FindStringSubmatch(line); m != nil {
+		// What was interrupted has not failed.
+		if m := heading.FindStringSubmatch(line); m != nil && m[2] != "INTERRUPTED" && m[2] != "ABORTED" {
 			p.after, p.result = 1, Result{Outcome: Failed}
 			if m[1] == "S" {
 				p.result.Outcome = Skipped

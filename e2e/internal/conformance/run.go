@@ -37,6 +37,10 @@ type Runner struct {
 // ErrSuite means that the tests could not begin, or not end as they should.
 var ErrSuite = errors.New("the tests did not run as they should")
 
+// ErrInterrupted means that not everything was run because the run was ended
+// from outside. It can be resumed.
+var ErrInterrupted = errors.New("interrupted; --resume goes on")
+
 // Files below Runner.Dir.
 const (
 	LogFile    = "ginkgo.log"
@@ -76,7 +80,10 @@ func (r Runner) Run(ctx context.Context, specs []Spec) ([]Result, error) {
 	if problem != nil {
 		return results, fmt.Errorf("%w: %w; see %s", ErrSuite, problem, log.Name())
 	}
-	return results, ctx.Err()
+	if ctx.Err() != nil {
+		return results, ErrInterrupted
+	}
+	return results, nil
 }
 
 func (r Runner) command(ctx context.Context, specs []Spec, log io.Writer) *exec.Cmd {
