@@ -1,8 +1,6 @@
 package conformance
 
 import (
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -148,20 +146,55 @@ func TestParseReport(t *testing.T) {
 }
 
 func TestProgress(t *testing.T) {
-	var got []Result
-	p := &progress{wanted: map[string]bool{"[sig] A": true, "[sig] B": true}, done: func(r Result) { got = append(got, r) }}
-	for _, body := range []string{
-		`{"msg":"PASSED [sig] A ","total":5}`, `{"msg":"PASSED [sig] A"}`, `{"msg":"FAILED [sig] B"}`,
-		`{"msg":"Test Suite completed"}`, `{"msg":"PASSED unknown"}`,
+	const output = `Will run 4 of 3206 specs
+------------------------------
+• [4.207 seconds]
+[sig-node] A [Feature:X] should [It] work [Conformance] [sig-node, Conformance]
+a.go:1
+
+  Timeline >>
+  STEP: ---- @ 11/22/26
+  << Timeline
+------------------------------
+• [FAILED] [2.500 seconds]
+[sig-node] A [It] should work [Conformance] more [sig-node]
+a.go:2
+------------------------------
+S [SKIPPED] [0.100 seconds]
+[sig-node] B [It] needs a cloud [sig-node]
+------------------------------
+• [0.001 seconds]
+[sig-node] unknown [It] spec
+------------------------------
+• [INTERRUPTED] [7.000 seconds]
+[sig-node] A [It] should work [Conformance] [sig-node]
+------------------------------
+[SynchronizedBeforeSuite] PASSED [1.203 seconds]
+[SynchronizedBeforeSuite]
+a.go:3
+`
+	var specs []Spec
+	for _, name := range []string{
+		"[sig-node] A [Feature:X] should work [Conformance]", "[sig-node] A should work [Conformance]",
+		"[sig-node] A should work [Conformance] more", "[sig-node] B needs a cloud",
 	} {
-		answer := httptest.NewRecorder()
-		p.ServeHTTP(answer, httptest.NewRequest(http.MethodPost, "/", strings.NewReader(body)))
-		if answer.Code != http.StatusOK {
-			t.Errorf("%s: %d", body, answer.Code)
-		}
+		specs = append(specs, Spec{Name: name})
 	}
-	if want := []Result{{Spec: "[sig] A", Outcome: Passed}, {Spec: "[sig] B", Outcome: Failed}}; !slices.Equal(got, want) {
-		t.Errorf("got %+v", got)
+	want := []Result{
+		{Spec: specs[0].Name, Outcome: Passed, Seconds: 4.2}, {Spec: specs[2].Name, Outcome: Failed, Seconds: 2.5},
+		{Spec: specs[3].Name, Outcome: Skipped, Seconds: 0.1},
+	}
+	for _, size := range []int{1, 7, len(output)} { // however the output is cut into pieces
+		var got []Result
+		p := newProgress(specs, func(r Result) { got = append(got, r) })
+		for piece := range slices.Chunk([]byte(output), size) {
+			if n, err := p.Write(piece); n != len(piece) || err != nil {
+				t.Fatal(n, err)
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("pieces of %d: %+v", size, got)
+		}
 	}
 }
 

@@ -2,17 +2,12 @@ package conformance
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -35,12 +30,16 @@ type Runner struct {
 	// Procs is the number of specs at a time.
 	Procs   int
 	Timeout time.Duration
-	// Done is told of every spec when it ends, without details; calls do not overlap.
+	// Done is told of every spec when it ends, without the reason; calls do not overlap.
 	Done func(Result)
 }
 
 // ErrSuite means that the tests could not begin, or not end as they should.
 var ErrSuite = errors.New("the tests did not run as they should")
+
+// ErrInterrupted means that not everything was run because the run was ended
+// from outside. It can be resumed.
+var ErrInterrupted = errors.New("interrupted; --resume goes on")
 
 // Files below Runner.Dir.
 const (
@@ -57,24 +56,13 @@ func (r Runner) Run(ctx context.Context, specs []Spec) ([]Result, error) {
 		return nil, err
 	}
 	defer log.Close()
-	progress := &progress{done: r.Done, wanted: map[string]bool{}}
-	for _, s := range specs {
-		progress.wanted[s.Name] = true
-	}
 	var failure error
 	// The namespace belongs to the thread, and what is started inherits it.
 	err = proc.OnThread(func() error {
 		if err := proc.EnterNetworkNamespace(r.NetworkNamespace); err != nil {
 			return err
 		}
-		listener, err := net.Listen("tcp4", "127.0.0.1:0")
-		if err != nil {
-			return err
-		}
-		server := &http.Server{Handler: progress, ReadHeaderTimeout: 10 * time.Second}
-		go server.Serve(listener)
-		defer server.Close()
-		failure = r.command(ctx, specs, "http://"+listener.Addr().String(), log).Run()
+		failure = r.command(ctx, specs, io.MultiWriter(log, newProgress(specs, r.Done))).Run()
 		return nil
 	})
 	if err != nil {
@@ -92,13 +80,16 @@ func (r Runner) Run(ctx context.Context, specs []Spec) ([]Result, error) {
 	if problem != nil {
 		return results, fmt.Errorf("%w: %w; see %s", ErrSuite, problem, log.Name())
 	}
-	return results, ctx.Err()
+	if ctx.Err() != nil {
+		return results, ErrInterrupted
+	}
+	return results, nil
 }
 
-func (r Runner) command(ctx context.Context, specs []Spec, progressURL string, log io.Writer) *exec.Cmd {
+func (r Runner) command(ctx context.Context, specs []Spec, log io.Writer) *exec.Cmd {
 	args := []string{
 		"run", fmt.Sprintf("--procs=%d", r.Procs), "--timeout=" + r.Timeout.String(), "--grace-period=2m",
-		"--no-color", "--silence-skips", "--poll-progress-after=0",
+		"-v", "--no-color", "--silence-skips", "--poll-progress-after=0",
 		"--output-dir=" + r.Dir, "--json-report=" + reportFile, "--junit-report=" + junitFile,
 	}
 	for _, s := range specs {
@@ -106,43 +97,17 @@ func (r Runner) command(ctx context.Context, specs []Spec, progressURL string, l
 	}
 	args = append(args, filepath.Join(r.Bin, "e2e.test"), "--",
 		"--kubeconfig="+r.Kubeconfig, "--kubectl-path="+filepath.Join(r.Bin, "kubectl"),
-		"--provider=local", "--disable-log-dump", "--progress-report-url="+progressURL,
+		"--provider=local", "--disable-log-dump",
 		// The cluster is ready when the tests begin, so these only bound mistakes.
 		"--node-schedulable-timeout=1m", "--system-pods-startup-timeout=1m", "--system-daemonsets-startup-timeout=1m")
 	cmd := exec.CommandContext(ctx, filepath.Join(r.Bin, "ginkgo"), args...)
 	cmd.Env = append(os.Environ(), "KUBE_TEST_REPO_LIST="+r.RepoList, "PATH="+r.Bin+":"+os.Getenv("PATH"))
 	cmd.Dir, cmd.Stdout, cmd.Stderr = r.Dir, log, log
-	// A process group of its own: Ctrl-C must interrupt it once, not twice. It
-	// does not outlive this process.
+	// A process group of its own, because Ctrl-C must interrupt it once, not
+	// twice; all of it is interrupted, as by a terminal: ginkgo does not pass
+	// the signal on. It does not outlive this process.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGTERM}
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGINT) }
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGINT) }
 	cmd.WaitDelay = 3 * time.Minute
 	return cmd
-}
-
-// progress receives what upstream's --progress-report-url sends: the message
-// names the spec that has just ended.
-type progress struct {
-	mu     sync.Mutex
-	wanted map[string]bool
-	done   func(Result)
-}
-
-func (p *progress) ServeHTTP(w http.ResponseWriter, request *http.Request) {
-	var update struct {
-		Message string `json:"msg"`
-	}
-	if err := json.NewDecoder(io.LimitReader(request.Body, 16<<20)).Decode(&update); err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
-	}
-	verb, name, _ := strings.Cut(update.Message, " ")
-	outcome, known := map[string]Outcome{"PASSED": Passed, "FAILED": Failed}[verb]
-	name = normal(name)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if known && p.wanted[name] {
-		delete(p.wanted, name)
-		p.done(Result{Spec: name, Outcome: outcome})
-	}
 }
