@@ -1,6 +1,7 @@
 //! The bugs of libcontainer that `src/shim` works around, shown on the library itself. A failure here is good
 //! news: upstream has mended something, and the work-around that it names (and its entry in `docs/upstream.md`) can
 //! go. Needs root and a static busybox (Debian: busybox-static).
+#![allow(clippy::disallowed_methods, reason = "tests run tools and wait as they like")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;

@@ -202,7 +202,7 @@ impl NodeApi for Endpoints {
         target: &'a ContainerTarget,
         container_id: &'a str,
     ) -> BoxFuture<'a, Result<LogSource, ApiError>> {
-        let found = self.view(target).and_then(|view| {
+        let found = self.view(target).map(|view| {
             let bare = container_id.split_once("://").map_or(container_id, |(_, id)| id);
             let facts = view.observed.containers.get(&target.container);
             let current = facts.and_then(|facts| facts.current.as_ref());
@@ -234,7 +234,7 @@ impl NodeApi for Endpoints {
                     }
                 });
             }
-            Ok(LogSource { directory, attempt, complete })
+            LogSource { directory, attempt, complete }
         });
         std::future::ready(found).boxed()
     }

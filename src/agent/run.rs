@@ -14,11 +14,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::mirrors::Mirrors;
 use super::node::{Node, NodeEffects};
 use super::pods::Pods;
-use super::records::Records;
-use super::mirrors::Mirrors;
 use super::progress::Pulls;
+use super::records::Records;
 use super::{images, local, serving, sources};
 use crate::config::Config;
 use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
@@ -207,7 +207,6 @@ async fn connect(config: &Arc<Config>) -> Result<Cluster, String> {
             features: Some(NodeRuntimeHandlerFeatures {
                 recursive_read_only_mounts: Some(true),
                 user_namespaces: Some(false),
-                ..NodeRuntimeHandlerFeatures::default()
             }),
         }],
         supplemental_groups_policy: true,

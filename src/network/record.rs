@@ -173,6 +173,7 @@ mod tests {
         assert!(read_all(&pods.join("none")).unwrap().is_empty());
         for uid in ["b", "a"] {
             record(uid).write(&pods.join(uid)).unwrap();
+            #[allow(clippy::disallowed_methods, reason = "file times have to differ")]
             std::thread::sleep(std::time::Duration::from_millis(15));
         }
         fs::create_dir(pods.join("unrelated")).unwrap();

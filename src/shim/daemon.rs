@@ -117,6 +117,7 @@ fn lock() -> Result<Flock<File>, String> {
             Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
             Err((_, error)) => return Err(error.to_string()),
         };
+        #[allow(clippy::disallowed_methods, reason = "a shim has one thread and nothing else to do yet")]
         std::thread::sleep(LOCK_RETRY);
     }
 }

@@ -115,6 +115,7 @@ async fn collection_takes_the_longest_unused_first() {
     // Used in the order 2, 4, 1, 3.
     for at in [1, 3, 0, 2] {
         node.store.note_use(&ids[at]).unwrap();
+        #[allow(clippy::disallowed_methods, reason = "file times have to differ")]
         std::thread::sleep(Duration::from_millis(15));
     }
     // Times of use survive a restart.
