@@ -67,10 +67,10 @@ impl Splitter {
         }
     }
 
-    /// What is left when the stream ends is a record as well.
+    /// What is left when the stream ends is a record as well: a partial one, for no newline followed it.
     pub(super) fn finish(&mut self, emit: &mut Emit<'_>) {
         if !self.pending.is_empty() {
-            emit(b'F', &self.pending, &[]);
+            emit(b'P', &self.pending, &[]);
             self.pending = Vec::new();
         }
     }
@@ -179,7 +179,7 @@ mod tests {
         let line = vec![b'x'; 2 * MAX_RECORD + 3];
         let records = split(&[&line, b"\nshort\n", &vec![b'y'; MAX_RECORD], b"\nend"]);
         let shape: Vec<_> = records.iter().map(|(tag, text)| (char::from(*tag), text.len())).collect();
-        assert_eq!(shape, [('P', MAX_RECORD), ('P', MAX_RECORD), ('F', 3), ('F', 5), ('F', MAX_RECORD), ('F', 3)]);
+        assert_eq!(shape, [('P', MAX_RECORD), ('P', MAX_RECORD), ('F', 3), ('F', 5), ('F', MAX_RECORD), ('P', 3)]);
     }
 
     #[test]
