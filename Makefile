@@ -47,6 +47,10 @@ e2e: ## scenarios on a real control plane (root)
 guest: ## the smoke scenarios on a node with pure cgroup v2 (root)
 	@hack/test guest
 
+.PHONY: conformance
+conformance: build ## upstream's own tests on Gantry nodes: SUITE=node|node-serial|conformance, FOCUS=..., SKIP=...
+	@hack/conformance
+
 .PHONY: down
 down: ## remove all test clusters of this directory
 	@hack/cluster down --all

@@ -53,7 +53,7 @@ fn message(record: &ContainerRecord, container: &Container) -> Option<String> {
     if !dir.join(INSTANCE_FILE).exists() {
         return None;
     }
-    let text = read_end(&dir.join(MESSAGE_FILE), MAX_MESSAGE, true).unwrap_or_default();
+    let text = read_end(&dir.join(MESSAGE_FILE), MAX_MESSAGE).unwrap_or_default();
     let failed = record.exit.as_ref().is_some_and(|exit| exit.exit_code != 0);
     let fallback = container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError");
     if text.is_empty() && failed && fallback {
@@ -62,11 +62,11 @@ fn message(record: &ContainerRecord, container: &Container) -> Option<String> {
     Some(text)
 }
 
-/// The last `limit` bytes of a file, or the first ones with `from_start`, as text.
-fn read_end(path: &Path, limit: usize, from_start: bool) -> io::Result<String> {
+/// The last `limit` bytes of a file as text (`pkg/util/tail`).
+fn read_end(path: &Path, limit: usize) -> io::Result<String> {
     let mut file = File::open(path)?;
     let length = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
-    if !from_start && length > limit {
+    if length > limit {
         let back = i64::try_from(limit).unwrap_or(i64::MAX);
         file.seek(SeekFrom::End(-back))?;
     }
@@ -78,7 +78,7 @@ fn read_end(path: &Path, limit: usize, from_start: bool) -> io::Result<String> {
 /// The content of the last lines of a CRI log, without its prefixes.
 fn log_tail(path: &Path) -> io::Result<String> {
     // a line's prefix (time, stream, tag) is under 64 bytes
-    let raw = read_end(path, MAX_LOG_BYTES + 64 * MAX_LOG_LINES, false)?;
+    let raw = read_end(path, MAX_LOG_BYTES + 64 * MAX_LOG_LINES)?;
     let mut text = String::new();
     for line in raw.lines().filter(|line| line.len() > 20 && line.as_bytes()[4] == b'-') {
         let mut fields = line.splitn(4, ' ');
