@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -90,6 +91,9 @@ func (t *test) onCluster(ctx context.Context, todo []conformance.Spec, journal *
 			// Also when ctx has ended.
 			defer func() {
 				err = errors.Join(err, t.hackCluster(context.WithoutCancel(ctx), "down", "--name", name))
+				if t.node == "kubelet" {
+					err = errors.Join(err, removeLogLinks(filepath.Join(t.home.Clusters, name)))
+				}
 			}()
 		}
 		if t.node == "kubelet" {
@@ -169,6 +173,26 @@ func preserveSysctls() (func(), error) {
 			}
 		}
 	}, nil
+}
+
+// removeLogLinks removes the links to logs below a directory that a kubelet,
+// which knows no other place for them, has left on the machine.
+func removeLogLinks(dir string) error {
+	const links = "/var/log/containers"
+	entries, err := os.ReadDir(links)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	var failures []error
+	for _, entry := range entries {
+		link := filepath.Join(links, entry.Name())
+		if target, err := os.Readlink(link); err == nil && strings.HasPrefix(target, dir+"/") {
+			failures = append(failures, os.Remove(link))
+		}
+	}
+	return errors.Join(failures...)
 }
 
 func (t *test) hackCluster(ctx context.Context, args ...string) error {

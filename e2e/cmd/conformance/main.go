@@ -137,8 +137,8 @@ func (o *options) run(ctx context.Context) error {
 	if unknown := expectations.Unknown(specs); len(unknown) > 0 {
 		return fmt.Errorf("e2e/expectations.txt: %s", strings.Join(unknown, "\n"))
 	}
-	if o.node == "kubelet" {
-		h.Gantry = filepath.Join(repository, "hack/stock-node")
+	if err := o.adopt(&h, repository); err != nil {
+		return err
 	}
 	subject, err := identify(ctx, repository, o.node, h.Gantry)
 	if err != nil {
@@ -154,6 +154,29 @@ func (o *options) run(ctx context.Context) error {
 		run.Problems = append([]string{err.Error()}, run.Problems...)
 	}
 	return t.conclude(run)
+}
+
+const stockNode = "stock-node"
+
+// adopt finds out what the nodes are: of a running cluster, it is not what the
+// command line says.
+func (o *options) adopt(h *cluster.Home, repository string) error {
+	if o.cluster == "" {
+		if o.node == "kubelet" {
+			h.Gantry = filepath.Join(repository, "hack", stockNode)
+		}
+		return nil
+	}
+	c, err := h.Open(o.cluster)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	o.nodes, o.node, h.Gantry = len(c.Nodes), "gantry", c.GantryBinary
+	if filepath.Base(h.Gantry) == stockNode {
+		o.node = "kubelet"
+	}
+	return nil
 }
 
 func (o *options) selection() (conformance.Selection, error) {

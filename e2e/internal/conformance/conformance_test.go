@@ -257,7 +257,7 @@ func TestWriteDocs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	subject := Subject{Node: "gantry", Commit: "0123456789abcdef", Kubernetes: "v1.37.2"}
+	subject := Subject{Node: "gantry", Commit: "0123456789abcdef", Binary: "b1", Kubernetes: "v1.37.2"}
 	save("1", &Run{Subject: subject, Suite: "node", Nodes: 2, Procs: 12, Seconds: 61, Results: []Result{
 		{Spec: "A", Outcome: Passed}, {Spec: "B", Outcome: Failed, Reason: "a | b"}, {Spec: "C", Outcome: Failed},
 	}})
@@ -282,7 +282,7 @@ func TestWriteDocs(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"before\n", "| node | gantry | v1.37.2 | 0123456789ab |", "| 2 × 12 | 3 | 1 | 2 | 0 | 1m1s |",
+		"before\n", "| node | gantry | v1.37.2 | 0123456789ab, sha256:b1 |", "| 2 × 12 | 3 | 1 | 2 | 0 | 1m1s |",
 		`| B | fail | a \| b | **not expected** |`, "| C | fail |  | known |", docsEnd + "after\n",
 	} {
 		if !strings.Contains(string(raw), want) {
