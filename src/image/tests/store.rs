@@ -182,6 +182,9 @@ async fn a_pull_in_flight_is_not_swept() {
     assert!(node.store.remove(&registry.name("app:v1"), &HashSet::new()).unwrap());
     assert_eq!((node.names("blobs/sha256").len(), node.names("layers/sha256").len()), (2, 2));
     drop(pins);
-    node.store.collect_garbage(&HashSet::new(), GcPolicy { high_percent: 100, low_percent: 100, ..GcPolicy::default() }).await.unwrap();
+    node.store
+        .collect_garbage(&HashSet::new(), GcPolicy { high_percent: 100, low_percent: 100, ..GcPolicy::default() })
+        .await
+        .unwrap();
     assert!(node.names("blobs/sha256").is_empty() && node.names("layers/sha256").is_empty());
 }
