@@ -326,7 +326,7 @@ fn plan_starts(desired: &Desired, observed: &Observed, running: &BTreeSet<Action
 /// Containers that should run and do not, in the order of their starts.
 fn candidates<'a>(desired: &'a Desired, observed: &Observed) -> Vec<&'a ContainerSpec> {
     let none = ContainerFacts::default();
-    let facts = |spec: &ContainerSpec| observed.containers.get(spec.name()).unwrap_or(&none).clone();
+    let facts = |spec: &ContainerSpec| observed.containers.get(spec.name()).unwrap_or(&none);
     let mut list = Vec::new();
     // ephemeral containers help to look at a Pod whatever else it waits for
     list.extend(desired.of_kind(ContainerKind::Ephemeral).filter(|spec| facts(spec).current.is_none()));
