@@ -205,8 +205,6 @@ pub struct Observed {
     pub termination: Option<Termination>,
     /// Sandbox, volumes and cgroups are gone after the end.
     pub torn_down: bool,
-    /// The API server has the final status.
-    pub final_status_reported: bool,
     /// The IPs the Pod had, kept after the sandbox is gone.
     pub pod_ips: Vec<String>,
     /// The node's IPs when the Pod was first seen.

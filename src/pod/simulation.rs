@@ -39,7 +39,6 @@ struct State {
     version: u64,
     sandbox: bool,
     torn_down: bool,
-    deleted_at: Option<(Timestamp, i64)>,
     crashes: BTreeMap<String, Vec<(Timestamp, Timestamp)>>,
     over: bool,
 }
@@ -461,7 +460,6 @@ async fn live(seed: u64) {
             version: 1,
             sandbox: false,
             torn_down: false,
-            deleted_at: None,
             crashes: BTreeMap::new(),
             over: false,
         }),
@@ -535,7 +533,6 @@ fn request_deletion(world: &Arc<World>, grace: i64) {
     pod.metadata.deletion_grace_period_seconds = Some(grace);
     pod.metadata.resource_version = Some(version);
     let desired = Desired::new(Arc::new(pod.clone()));
-    state.deleted_at = Some((now, grace));
     if let Some(worker) = &state.worker {
         let _ = worker.try_send(Message::Desired(Box::new(desired)));
     }
