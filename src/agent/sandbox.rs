@@ -21,6 +21,7 @@ use crate::node::events::EventType;
 use crate::pod::effects::{Failure, Request, RuntimeEvent};
 use crate::pod::fold::Found;
 use crate::pod::model::{Desired, Instance, Observed};
+use crate::pod::plan::TEAR_DOWN_FAILED;
 use crate::runtime::client::{ContainerRecord, Shim, ShimError, ShimEvent, ShimOptions, read_records};
 
 /// File in a container's directory: the [`Instance`] as it was before it was created.
@@ -234,16 +235,16 @@ impl Node {
 
     /// Removes a sandbox that was lost, so that a new one can be made; volumes stay.
     pub(super) async fn clear_sandbox(self: &Arc<Self>, desired: &Desired) -> Result<(), Failure> {
-        self.end_containers(desired.uid()).await.map_err(|error| Failure::new("FailedKillPod", error))?;
+        self.end_containers(desired.uid()).await.map_err(|error| Failure::new(TEAR_DOWN_FAILED, error))?;
         let network = self.network.tear_down(desired.uid()).await;
-        network.map_err(|error| Failure::new("FailedKillPod", format!("error killing pod: network: {error}")))
+        network.map_err(|error| Failure::new(TEAR_DOWN_FAILED, format!("error killing pod: network: {error}")))
     }
 
     /// Removes everything of a Pod but its logs and its record. Repeating it is harmless.
     pub(super) async fn tear_down(self: &Arc<Self>, desired: &Desired) -> Result<(), Failure> {
         let uid = desired.uid();
         self.clear_sandbox(desired).await?;
-        let failed = |error: String| Failure::new("FailedKillPod", format!("error killing pod: {error}"));
+        let failed = |error: String| Failure::new(TEAR_DOWN_FAILED, format!("error killing pod: {error}"));
         self.volumes.unmount(uid).await.map_err(|error| failed(format!("volumes: {error}")))?;
         self.objects.unregister_pod(uid);
         let (cgroups, owned) = (self.cgroups.clone(), uid.to_owned());

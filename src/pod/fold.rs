@@ -18,6 +18,8 @@ use super::rules::MIN_GRACE_AFTER_PRE_STOP_SECONDS;
 
 /// A retry of something that is neither a pull nor a restart, seconds (kubelet's `backOffPeriod`).
 const RETRY_SECONDS: i64 = 10;
+/// Between two tries to kill a container, seconds.
+const KILL_RETRY_SECONDS: i64 = 1;
 /// The first retries of volumes and sandbox come sooner: what they wait for is often only just being made.
 const FIRST_RETRY_MILLIS: i64 = 500;
 
@@ -155,8 +157,7 @@ pub fn begin(desired: &Desired, observed: &mut Observed, action: &Action, now: T
     match action {
         Action::Start(name) => {
             let facts = observed.containers.entry(name.clone()).or_default();
-            if let Some(exit) = facts.current.as_ref().and_then(|i| i.exit.as_ref()) {
-                let failed_at = exit.finished_at.unwrap_or(now);
+            if let Some(failed_at) = facts.last_exit().map(|exit| exit.finished_at.unwrap_or(now)) {
                 // a start that could not happen (no image, no ConfigMap) is no restart: the delay rises once per exit
                 if facts.restart_backoff.raised_at.is_none_or(|raised| raised < failed_at) {
                     facts.restart_backoff.raise(failed_at, now, desired.max_restart_delay);
@@ -268,6 +269,11 @@ pub fn outcome(
     now: Timestamp,
 ) -> Vec<Notice> {
     match (action, outcome) {
+        // the grace ran out over it
+        (Action::PreStop(name), Outcome::Cancelled) => {
+            with_stop(observed, name, |stop| stop.pre_stopped = true);
+            Vec::new()
+        }
         (_, Outcome::Cancelled) => Vec::new(),
         (Action::Admit, Outcome::Admitted(admission)) => {
             observed.admission = Some(admission.clone());
@@ -285,7 +291,7 @@ pub fn outcome(
         (Action::ClearSandbox, Outcome::Done) => {
             observed.sandbox = Sandbox::Absent;
             observed.volumes_mounted = false;
-            Vec::new()
+            unblock(observed, super::plan::TEAR_DOWN_FAILED)
         }
         (Action::TearDown, Outcome::Done) => {
             observed.torn_down = true;
@@ -322,8 +328,11 @@ pub fn outcome(
             }
         }
         (Action::Kill(name), Outcome::Failed(_)) => {
-            // it may be between two states: try again while it runs
-            with_stop(observed, name, |stop| stop.killed = false);
+            // it may be between two states: try again while it runs, but not without a pause
+            with_stop(observed, name, |stop| {
+                stop.killed = false;
+                stop.deadline = now + SignedDuration::from_secs(KILL_RETRY_SECONDS);
+            });
             Vec::new()
         }
         (Action::Probe(name, kind), Outcome::Probed { began, success, message }) => {

@@ -318,6 +318,13 @@ impl ContainerFacts {
         self.current.as_ref().and_then(|i| i.exit.as_ref())
     }
 
+    /// How the newest instance that has ended did so: what back-off counts from, also when the sandbox it ran in is
+    /// gone.
+    #[must_use]
+    pub fn last_exit(&self) -> Option<&Exit> {
+        self.current.as_ref().map_or(self.previous.as_ref(), |instance| instance.exit.as_ref())
+    }
+
     /// `restartCount`.
     #[must_use]
     pub fn restart_count(&self) -> u32 {

@@ -15,6 +15,10 @@ use super::model::{
 use super::probes::ProbeKind;
 use super::rules::{active_deadline, finished, grace_seconds, next_try, phase_when_ended, restarts};
 
+/// The reason of a tear-down that failed. Only its own failures make it wait: a Pod that ends does not care when its
+/// volumes would have been tried again.
+pub const TEAR_DOWN_FAILED: &str = "FailedKillPod";
+
 /// Something the worker does to the world. Each is idempotent, has a deadline, and reports back once.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Action {
@@ -209,12 +213,13 @@ pub fn plan(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, 
         plan.act(running, Action::Admit);
         return plan;
     }
-    if let Some(deadline) = active_deadline(desired, observed) {
-        plan.wake(deadline);
-    }
     plan_stops(desired, observed, running, now, &mut plan);
     if finished(desired, observed).is_some() {
         return plan;
+    }
+    // of a Pod that has finished by itself the deadline says nothing any more, also when it passes
+    if let Some(deadline) = active_deadline(desired, observed) {
+        plan.wake(deadline);
     }
     if plan_sandbox(observed, running, now, &mut plan) {
         plan_starts(desired, observed, running, now, &mut plan);
@@ -237,8 +242,9 @@ fn plan_end(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, 
     }
     if observed.torn_down {
         plan.ended = true;
-    } else if observed.blocked.as_ref().is_some_and(|b| b.retry_at > now) && observed.final_phase.is_some() {
-        plan.wake(observed.blocked.as_ref().map_or(now, |b| b.retry_at));
+    } else if let Some(blocked) = observed.blocked.as_ref().filter(|b| b.reason == TEAR_DOWN_FAILED && b.retry_at > now)
+    {
+        plan.wake(blocked.retry_at);
     } else {
         plan.act(running, Action::TearDown);
     }
@@ -249,12 +255,10 @@ fn plan_sandbox(observed: &Observed, running: &BTreeSet<Action>, now: Timestamp,
     if running.contains(&Action::ClearSandbox) {
         return false;
     }
-    if observed.sandbox == Sandbox::Lost {
-        plan.act(running, Action::ClearSandbox);
-        return false;
-    }
     if let Some(blocked) = observed.blocked.as_ref().filter(|b| b.retry_at > now) {
         plan.wake(blocked.retry_at);
+    } else if observed.sandbox == Sandbox::Lost {
+        plan.act(running, Action::ClearSandbox);
     } else {
         if !observed.volumes_mounted {
             plan.act(running, Action::MountVolumes);
@@ -401,7 +405,7 @@ mod tests {
     use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Probe};
 
     use super::*;
-    use crate::pod::model::{Exit, Phase};
+    use crate::pod::model::{Blocked, Exit, Phase};
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(1_800_000_000 + second).unwrap()
@@ -552,6 +556,37 @@ mod tests {
         assert_eq!(deadline(&observed), at(7));
         let plan = plan(&with_grace(5), &observed, &BTreeSet::new(), at(7));
         assert_eq!(plan.actions, [Action::Kill("main".to_owned())]);
+    }
+
+    #[test]
+    fn a_deadline_that_passes_while_a_finished_pod_stops_wakes_nobody() {
+        let base = desired(vec![sidecar("s")], vec![named("main")], "Never");
+        let mut pod = (*base.pod).clone();
+        pod.spec.as_mut().unwrap().active_deadline_seconds = Some(5);
+        let desired = Desired::new(Arc::new(pod));
+        let mut observed = Observed { initialized: true, ..ready() };
+        running(&mut observed, "s");
+        exited(&mut observed, "main", 0);
+        settle(&desired, &mut observed, &BTreeSet::new(), at(10));
+        let plan = plan(&desired, &observed, &BTreeSet::new(), at(10));
+        assert!(plan.wake_at.is_none_or(|wake| wake > at(10)), "the worker would spin: {plan:?}");
+    }
+
+    #[test]
+    fn only_a_failed_tear_down_makes_a_tear_down_wait() {
+        let desired = desired(vec![], vec![named("main")], "Always");
+        let blocked = |reason: &str| {
+            let retry_at = at(100);
+            let blocked = Blocked { reason: reason.to_owned(), message: String::new(), retry_at, failures: 1 };
+            Observed { blocked: Some(blocked), final_phase: Some(Phase::Failed), ..ready() }
+        };
+        let plan = |observed: &Observed| plan(&desired, observed, &BTreeSet::new(), at(10));
+        assert_eq!(plan(&blocked("FailedMount")).actions, [Action::TearDown], "volumes are not wanted any more");
+        let failed = plan(&blocked(TEAR_DOWN_FAILED));
+        assert_eq!((failed.actions, failed.wake_at), (vec![], Some(at(100))));
+        let rejected = Admission::Rejected { reason: "OutOfcpu".to_owned(), message: String::new() };
+        let rejected = Observed { admission: Some(rejected), final_phase: None, ..blocked(TEAR_DOWN_FAILED) };
+        assert_eq!(plan(&rejected).wake_at, Some(at(100)), "one that was refused does not spin either");
     }
 
     #[test]

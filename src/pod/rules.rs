@@ -99,7 +99,7 @@ pub fn active_deadline(desired: &Desired, observed: &Observed) -> Option<Timesta
 #[must_use]
 pub fn next_try(desired: &Desired, facts: &ContainerFacts) -> Option<Timestamp> {
     let after_failure = facts.waiting.as_ref().map(|waiting| waiting.retry_at);
-    let after_exit = facts.exit().and_then(|exit| {
+    let after_exit = facts.last_exit().and_then(|exit| {
         facts.restart_backoff.until(exit.finished_at.unwrap_or(Timestamp::UNIX_EPOCH), desired.max_restart_delay)
     });
     after_failure.max(after_exit)

@@ -40,6 +40,9 @@ struct State {
     sandbox: bool,
     torn_down: bool,
     crashes: BTreeMap<String, Vec<(Timestamp, Timestamp)>>,
+    /// Steps that workers took, in all lives.
+    steps: u64,
+    lost: bool,
     over: bool,
 }
 
@@ -173,6 +176,10 @@ impl Life {
         instance.started_at = Some(now);
         let (code, seconds) = {
             let mut state = world.state();
+            if state.lost && !state.sandbox {
+                state.containers.retain(|c| c.instance.id != instance.id);
+                return Outcome::Failed(Failure::new("CreateContainerError", "the shim is gone"));
+            }
             let twice = state
                 .containers
                 .iter()
@@ -263,6 +270,9 @@ impl Effects for Life {
                 Outcome::SandboxUp { pod_ips: vec!["10.0.0.2".to_owned()] }
             }
             Action::ClearSandbox => {
+                if let Some(failed) = flaky(self, "FailedKillPod") {
+                    return failed;
+                }
                 self.world.state().sandbox = false;
                 Outcome::Done
             }
@@ -280,7 +290,7 @@ impl Effects for Life {
                 flaky(self, reason).unwrap_or(Outcome::Done)
             }
             Action::Term(name) => self.signal(&request, name, false),
-            Action::Kill(name) => self.signal(&request, name, true),
+            Action::Kill(name) => flaky(self, "FailedKillPod").unwrap_or_else(|| self.signal(&request, name, true)),
             Action::Probe(..) => {
                 let began = self.world.now();
                 self.step(900).await;
@@ -307,9 +317,7 @@ impl Effects for Life {
     fn save(&self, _: &Desired, observed: &Observed) {
         let mut state = self.world.state();
         if state.life == self.number {
-            // through the file format, as on a real node
-            let text = serde_json::to_string(observed).unwrap();
-            state.record = Some(serde_json::from_str(&text).unwrap());
+            state.record = Some(observed.clone());
         }
     }
 
@@ -353,7 +361,14 @@ impl Effects for Life {
         self.world.state().over = true;
     }
 
-    fn publish(&self, _: &Arc<Desired>, _: &Arc<Observed>, _: &PodStatus) {}
+    fn publish(&self, _: &Arc<Desired>, _: &Arc<Observed>, _: &PodStatus) {
+        let passed = self.world.origin.elapsed().as_secs();
+        let mut state = self.world.state();
+        state.steps += 1;
+        // probes every two seconds, hooks, reports and restarts come to a few steps a second
+        let most = 2_000 + 40 * passed;
+        assert!(state.steps <= most, "seed {}: the worker spins: {:?}", self.world.seed, state.record);
+    }
 
     fn event(&self, _: &Desired, _: bool, _: &str, _: &str, _: Option<String>) {}
 
@@ -387,7 +402,7 @@ fn check_transition(seed: u64, old: &PodStatus, new: &PodStatus) {
 fn generate(rng: &mut Rng) -> Pod {
     let probe = |rng: &mut Rng| {
         rng.bool().then(|| Probe {
-            period_seconds: Some(rng.i32(2..20)),
+            period_seconds: Some(rng.i32(5..40)),
             failure_threshold: Some(rng.i32(1..4)),
             initial_delay_seconds: Some(rng.i32(0..5)),
             ..Probe::default()
@@ -444,8 +459,14 @@ async fn live(seed: u64) {
     let mut rng = Rng::with_seed(seed);
     let pod = generate(&mut rng);
     let crash_every = [0_u64, 4, 30, 300][rng.usize(0..4)];
-    // frequent crashes in short histories, so that no seed is much longer than another
-    let delete_after = rng.u64(0..if crash_every == 4 { 60 } else { 900 });
+    // some are long enough for delays to reach their maximum and to be reset; frequent crashes come in short ones, so
+    // that no seed costs much more than another
+    let longest = match crash_every {
+        4 => 60,
+        _ if rng.u8(0..10) == 0 => 1_500,
+        _ => 200,
+    };
+    let delete_after = rng.u64(0..longest);
     let shorten = rng.u8(0..4) == 0;
     let world = Arc::new(World {
         seed,
@@ -461,6 +482,8 @@ async fn live(seed: u64) {
             sandbox: false,
             torn_down: false,
             crashes: BTreeMap::new(),
+            steps: 0,
+            lost: false,
             over: false,
         }),
     });
@@ -482,6 +505,9 @@ async fn live(seed: u64) {
         let quiet = Instant::now() > deadline;
         if crash_every != 0 && !(quiet && rng.bool()) {
             begin_life(&world);
+        }
+        if !world.state().lost && rng.u8(0..20) == 0 {
+            lose_sandbox(&world);
         }
         if quiet {
             let grace = world.state().pod.as_ref().and_then(|p| p.spec.as_ref()?.termination_grace_period_seconds);
@@ -520,6 +546,25 @@ fn check_back_off(seed: u64, name: &str, restarts: &[(Timestamp, Timestamp)]) {
     }
 }
 
+/// The shim is killed, once in a history, and every container with it.
+fn lose_sandbox(world: &World) {
+    let now = world.now();
+    let mut state = world.state();
+    state.lost = true;
+    if !std::mem::take(&mut state.sandbox) {
+        return;
+    }
+    for fake in &mut state.containers {
+        if fake.instance.started_at.is_some() && fake.instance.exit.is_none() {
+            let exit = fold::lost(fake.instance.id.clone(), fake.instance.started_at);
+            fake.instance.exit = Some(Exit { finished_at: Some(now), ..exit });
+        }
+    }
+    if let Some(worker) = &state.worker {
+        let _ = worker.try_send(Message::Runtime(RuntimeEvent::SandboxLost));
+    }
+}
+
 fn request_deletion(world: &Arc<World>, grace: i64) {
     let now = world.now();
     let mut state = world.state();
@@ -551,7 +596,10 @@ fn begin_life(world: &Arc<World>) {
         status: None,
     });
     let desired = Desired::new(Arc::new(pod));
-    let record = state.record.clone().map(|mut record| {
+    let record = state.record.as_ref().map(|record| {
+        // through the file format, as on a real node
+        let text = serde_json::to_string(record).unwrap();
+        let mut record: Observed = serde_json::from_str(&text).unwrap();
         let found: Vec<Found> =
             state.containers.iter().map(|c| Found { name: c.name.clone(), instance: c.instance.clone() }).collect();
         fold::adopt(&desired, &mut record, &found, state.sandbox, now);
@@ -593,9 +641,20 @@ fn ten_thousand_histories() {
     });
 }
 
+/// A batch takes a second or two. One that hangs says which it is instead of holding up everything after it.
+const LONGEST_BATCH: Duration = Duration::from_secs(300);
+
 fn run(seeds: std::ops::Range<u64>) {
     // the worker's warnings about failures that are made on purpose would fill the disk
     let _quiet = tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::new());
+    let (done, over) = std::sync::mpsc::channel::<()>();
+    let (first, last) = (seeds.start, seeds.end);
+    std::thread::spawn(move || {
+        if over.recv_timeout(LONGEST_BATCH) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("simulation: one of the seeds {first}..{last} hangs");
+            std::process::abort();
+        }
+    });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let mut histories = tokio::task::JoinSet::new();
@@ -606,4 +665,5 @@ fn run(seeds: std::ops::Range<u64>) {
             result.unwrap();
         }
     });
+    drop(done);
 }

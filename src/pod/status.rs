@@ -185,8 +185,7 @@ fn states<'a>(
             let (reason, message) = shown_failure(spec, failure, now);
             return (waiting(&reason, Some(message)), Some(exit));
         }
-        let until = facts.restart_backoff.until(exit.finished_at.unwrap_or(now), desired.max_restart_delay);
-        if until.is_some_and(|until| until > now) {
+        if backs_off(desired, facts, now) {
             let message = crash_loop_message(desired, spec, facts.restart_backoff.delay);
             return (waiting("CrashLoopBackOff", Some(message)), Some(exit));
         }
@@ -196,9 +195,19 @@ fn states<'a>(
         let (reason, message) = shown_failure(spec, failure, now);
         return (waiting(&reason, Some(message)), facts.previous.as_ref());
     }
+    if !over && backs_off(desired, facts, now) {
+        let message = crash_loop_message(desired, spec, facts.restart_backoff.delay);
+        return (waiting("CrashLoopBackOff", Some(message)), facts.previous.as_ref());
+    }
     let has_init = desired.containers.iter().any(|c| matches!(c.kind, ContainerKind::Init | ContainerKind::Sidecar));
     let reason = if has_init && !observed.initialized { "PodInitializing" } else { "ContainerCreating" };
     (waiting(reason, None), facts.previous.as_ref())
+}
+
+/// The next instance has to wait for the delay after the last one's end.
+fn backs_off(desired: &Desired, facts: &ContainerFacts, now: Timestamp) -> bool {
+    let until = |exit: &Exit| facts.restart_backoff.until(exit.finished_at.unwrap_or(now), desired.max_restart_delay);
+    facts.last_exit().and_then(until).is_some_and(|until| until > now)
 }
 
 /// `back-off 10s restarting failed container=c pod=p_ns(uid)`.
