@@ -463,7 +463,7 @@ async fn live(seed: u64) {
     // that no seed costs much more than another
     let longest = match crash_every {
         4 => 60,
-        _ if rng.u8(0..10) == 0 => 1_500,
+        _ if rng.u8(0..16) == 0 => 1_500,
         _ => 200,
     };
     let delete_after = rng.u64(0..longest);

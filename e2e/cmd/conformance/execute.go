@@ -149,7 +149,39 @@ func (t *test) onCluster(ctx context.Context, todo []conformance.Spec, journal *
 		},
 	}
 	say("running; the log is %s", filepath.Join(t.dir, conformance.LogFile))
-	return runner.Run(ctx, todo)
+	results, err = runner.Run(ctx, todo)
+	if err != nil || !t.retry {
+		return results, err
+	}
+	return results, t.again(ctx, runner, todo, results)
+}
+
+// mostRetries is how many failures a busy machine may explain.
+const mostRetries = 8
+
+// again runs the failed specs once more, one at a time. One that passes now is a
+// flake: it is called so in the results, and its first failure stays in the log.
+func (t *test) again(ctx context.Context, runner conformance.Runner, todo []conformance.Spec, results []conformance.Result) error {
+	var failed []conformance.Spec
+	for i, r := range results {
+		if r.Outcome == conformance.Failed {
+			failed = append(failed, todo[i])
+		}
+	}
+	if len(failed) == 0 || len(failed) > mostRetries {
+		return nil
+	}
+	say("%d specs failed and are run once more", len(failed))
+	runner.Dir, runner.Procs = filepath.Join(t.dir, "retry"), 1
+	if err := os.MkdirAll(runner.Dir, 0o755); err != nil {
+		return err
+	}
+	second, err := runner.Run(ctx, failed)
+	if err != nil {
+		return err
+	}
+	conformance.MergeRetry(results, second)
+	return nil
 }
 
 // preserveSysctls returns a function that undoes what a kubelet changes for the

@@ -43,6 +43,7 @@ type options struct {
 	name, cluster, node       string
 	agentArgs                 []string
 	resume, keep, addons      bool
+	retry                     bool
 	dryRun, writeDocs         bool
 	missingImages             bool
 }
@@ -87,6 +88,7 @@ func command() *cobra.Command {
 	flags.StringVar(&o.node, "node", environment("NODE", "gantry"), "what the nodes are: gantry, or kubelet for the stock node (kubelet, containerd, runc)")
 	flags.StringArrayVar(&o.agentArgs, "agent-arg", nil, "further argument of every agent (repeatable)")
 	flags.BoolVar(&o.resume, "resume", false, "do not run again what passed before, with this commit and program")
+	flags.BoolVar(&o.retry, "retry", false, "run up to eight failed specs once more, one at a time; those that pass then are reported as flakes")
 	flags.BoolVar(&o.keep, "keep", false, "do not remove the cluster")
 	flags.BoolVar(&o.addons, "addons", true, "install kube-proxy and CoreDNS")
 	flags.BoolVar(&o.dryRun, "dry-run", false, "only list the chosen specs")

@@ -128,11 +128,11 @@ func TestParseReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []Result{
-		{specs[0].Name, Passed, 1.5, "", "a.go:1"},
-		{specs[1].Name, Failed, 0, "Timed out after 300s. Expected Pod to run", "a.go:1"},
-		{specs[2].Name, Skipped, 0, "only on a cloud", "a.go:1"},
-		{specs[3].Name, NotRun, 0, "SIGINT", "a.go:1"},
-		{specs[4].Name, NotRun, 0, "", "a.go:1"},
+		{specs[0].Name, Passed, 1.5, false, "", "a.go:1"},
+		{specs[1].Name, Failed, 0, false, "Timed out after 300s. Expected Pod to run", "a.go:1"},
+		{specs[2].Name, Skipped, 0, false, "only on a cloud", "a.go:1"},
+		{specs[3].Name, NotRun, 0, false, "SIGINT", "a.go:1"},
+		{specs[4].Name, NotRun, 0, false, "", "a.go:1"},
 	}
 	if !slices.Equal(results, want) {
 		t.Errorf("got %+v", results)
@@ -142,6 +142,19 @@ func TestParseReport(t *testing.T) {
 	}
 	if _, err := parseReport(raw(`["Suite timeout"]`, "passed"), specs); err == nil {
 		t.Error("a suite that timed out is no error")
+	}
+}
+
+func TestMergeRetry(t *testing.T) {
+	first := []Result{{Spec: "a", Outcome: Passed}, {Spec: "b", Outcome: Failed, Reason: "timed out"}, {Spec: "c", Outcome: Failed, Reason: "wrong"}}
+	MergeRetry(first, []Result{{Spec: "b", Outcome: Passed}, {Spec: "c", Outcome: Failed, Reason: "wrong again"}})
+	want := []Result{{Spec: "a", Outcome: Passed}, {Spec: "b", Outcome: Passed, Flaky: true, Reason: "timed out"}, {Spec: "c", Outcome: Failed, Reason: "wrong"}}
+	if !slices.Equal(first, want) {
+		t.Errorf("%+v", first)
+	}
+	run := Run{Results: first}
+	if run.Flakes() != 1 || run.Count(Passed) != 2 {
+		t.Errorf("%d flakes, %d passed", run.Flakes(), run.Count(Passed))
 	}
 }
 
@@ -282,7 +295,7 @@ func TestWriteDocs(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"before\n", "| node | gantry | v1.37.2 | 0123456789ab, sha256:b1 |", "| 2 × 12 | 3 | 1 | 2 | 0 | 1m1s |",
+		"before\n", "| node | gantry | v1.37.2 | 0123456789ab, sha256:b1 |", "| 2 × 12 | 3 | 1 | 2 | 0 | 0 | 1m1s |",
 		`| B | fail | a \| b | **not expected** |`, "| C | fail |  | known |", docsEnd + "after\n",
 	} {
 		if !strings.Contains(string(raw), want) {

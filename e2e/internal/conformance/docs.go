@@ -37,7 +37,7 @@ func results(runs map[string]*Run, expectations Expectations) string {
 	}
 	slices.Sort(keys)
 	var b strings.Builder
-	b.WriteString("\n| suite | node | Kubernetes | commit, program | date | nodes × processes | specs | pass | fail | skip | time |\n|---|---|---|---|---|---|---|---|---|---|---|\n")
+	b.WriteString("\n| suite | node | Kubernetes | commit, program | date | nodes × processes | specs | pass | fail | skip | flakes | time |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n")
 	for _, key := range keys {
 		r := runs[key]
 		commit, dirty := strings.CutSuffix(r.Commit, "-dirty")
@@ -49,9 +49,9 @@ func results(runs map[string]*Run, expectations Expectations) string {
 		}
 		// A program may have been built from another commit than the runner's.
 		commit += ", sha256:" + r.Binary
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %d × %d | %d | %d | %d | %d | %s |\n",
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %d × %d | %d | %d | %d | %d | %d | %s |\n",
 			r.Suite, r.Node, r.Kubernetes, commit, r.Started.UTC().Format(time.DateOnly), r.Nodes, r.Procs,
-			len(r.Results), r.Count(Passed), r.Count(Failed), r.Count(Skipped), time.Duration(r.Seconds)*time.Second)
+			len(r.Results), r.Count(Passed), r.Count(Failed), r.Count(Skipped), r.Flakes(), time.Duration(r.Seconds)*time.Second)
 	}
 	for _, key := range keys {
 		r := runs[key]

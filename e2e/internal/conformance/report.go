@@ -110,12 +110,16 @@ func summary(message string) string {
 func (r *Run) Print(w io.Writer) error {
 	var bad []Result
 	for _, result := range r.Results {
-		if result.Outcome != Passed {
+		if result.Outcome != Passed || result.Flaky {
 			bad = append(bad, result)
 		}
 	}
 	for _, result := range bad {
-		fmt.Fprintf(w, "%-6s %s\n       %s\n", strings.ToUpper(string(result.Outcome)), result.Spec, result.Location)
+		word := strings.ToUpper(string(result.Outcome))
+		if result.Flaky {
+			word = "FLAKE"
+		}
+		fmt.Fprintf(w, "%-6s %s\n       %s\n", word, result.Spec, result.Location)
 		if result.Reason != "" {
 			fmt.Fprintf(w, "       %s\n", result.Reason)
 		}
@@ -124,8 +128,8 @@ func (r *Run) Print(w io.Writer) error {
 		fmt.Fprintln(w)
 	}
 	table := tabwriter.NewWriter(w, 2, 8, 2, ' ', 0)
-	fmt.Fprintln(table, "SUITE\tSPECS\tPASS\tFAIL\tSKIP\tNOT RUN\tTIME")
-	fmt.Fprintf(table, "%s\t%d\t%d\t%d\t%d\t%d\t%s\n", r.Suite, len(r.Results), r.Count(Passed), r.Count(Failed), r.Count(Skipped), r.Count(NotRun),
+	fmt.Fprintln(table, "SUITE\tSPECS\tPASS\tFAIL\tSKIP\tNOT RUN\tFLAKES\tTIME")
+	fmt.Fprintf(table, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n", r.Suite, len(r.Results), r.Count(Passed), r.Count(Failed), r.Count(Skipped), r.Count(NotRun), r.Flakes(),
 		(time.Duration(r.Seconds) * time.Second).String())
 	return table.Flush()
 }

@@ -29,6 +29,8 @@ type Result struct {
 	Spec    string  `json:"spec"`
 	Outcome Outcome `json:"outcome"`
 	Seconds float64 `json:"seconds,omitempty"`
+	// Flaky: it failed first, with Reason, and passed when it was run again.
+	Flaky bool `json:"flaky,omitempty"`
 	// Reason is the beginning of the failure's message.
 	Reason string `json:"reason,omitempty"`
 	// Location is file:line of the spec in the Kubernetes source.
@@ -74,6 +76,28 @@ func (r *Run) Count(o Outcome) int {
 	n := 0
 	for _, result := range r.Results {
 		if result.Outcome == o {
+			n++
+		}
+	}
+	return n
+}
+
+// MergeRetry puts the second results of specs in the place of the first ones.
+func MergeRetry(first, second []Result) {
+	for _, again := range second {
+		for i := range first {
+			if first[i].Spec == again.Spec && again.Outcome == Passed {
+				first[i].Outcome, first[i].Flaky = Passed, true
+			}
+		}
+	}
+}
+
+// Flakes counts the specs that passed only when they were run again.
+func (r *Run) Flakes() int {
+	n := 0
+	for _, result := range r.Results {
+		if result.Flaky {
 			n++
 		}
 	}
