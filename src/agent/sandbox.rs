@@ -97,7 +97,9 @@ impl Node {
         }
         let names = pod_hostname(&pod, &self.config.kubelet.cluster_domain)
             .map_err(|error| failed("set up the hostname", error.to_string()))?;
-        let kernel_name = if host_network { self.config.hostname.clone() } else { names.kernel.clone() };
+        // the machine's own UTS namespace has the machine's name, whatever --hostname-override says
+        let machine = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let kernel_name = if host_network { machine() } else { names.kernel.clone() };
         let network_request = network_request(desired.uid(), &pod, &spec, kernel_name.clone());
         let dir = self.pod_dir(desired.uid());
         let (cgroups, cgroup_pod, log_dir) = (self.cgroups.clone(), pod.clone(), self.log_dir(&pod));
