@@ -2,8 +2,6 @@ package firstlight
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -71,8 +69,11 @@ func TestLimits(t *testing.T) {
 		limited("guaranteed", amounts("500m", "64Mi"), nil),
 		limited("burstable", corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("96Mi")}, amounts("100m", "32Mi")),
 		limited("best-effort", nil, nil),
+		e.Pod("reader", "busybox:1.37", kit.Forever, kit.On(node), func(p *corev1.Pod) {
+			mounted(p, "cgroup", "/cgroup", corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/sys/fs/cgroup"}})
+		}),
 	)
-	pods := e.WaitReady(60*time.Second, "guaranteed", "burstable", "best-effort")
+	pods := e.WaitReady(60*time.Second, "guaranteed", "burstable", "best-effort", "reader")
 	for i, class := range []corev1.PodQOSClass{corev1.PodQOSGuaranteed, corev1.PodQOSBurstable, corev1.PodQOSBestEffort} {
 		if got := pods[i].Status.QOSClass; got != class {
 			t.Errorf("Pod %s is %s", pods[i].Name, got)
@@ -93,23 +94,11 @@ else echo $(cat memory/memory.limit_in_bytes) $(cat cpu/cpu.cfs_quota_us cpu/cpu
 	}
 	// All Pods together have what is allocatable, and the Burstable ones weigh
 	// what they request.
+	// A Pod looks at the node's side, which may be a guest's.
 	kubepods := func(controller, file string) string {
 		t.Helper()
 		below := "gantry-" + e.Name + "-*-" + node + "/kubepods/" + file
-		for _, pattern := range []string{"/sys/fs/cgroup/" + below, "/sys/fs/cgroup/" + controller + "/" + below} {
-			found, err := filepath.Glob(pattern)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, path := range found {
-				raw, err := os.ReadFile(path)
-				if err != nil {
-					t.Fatal(err)
-				}
-				return strings.TrimSpace(string(raw))
-			}
-		}
-		return ""
+		return strings.TrimSpace(e.Exec("reader", "main", "sh", "-c", "cat /cgroup/"+below+" /cgroup/"+controller+"/"+below+" 2>/dev/null; true"))
 	}
 	object, err := e.Client.CoreV1().Nodes().Get(e.Ctx, node, metav1.GetOptions{})
 	if err != nil {

@@ -438,3 +438,41 @@ func traces(t *testing.T, c *kit.Cluster) []string {
 	}
 	return found
 }
+
+// Two clusters that are made at the same moment choose different networks, and
+// each is whole.
+func TestClustersMadeAtOnce(t *testing.T) {
+	t.Parallel()
+	var made sync.WaitGroup
+	var lock sync.Mutex
+	seen := map[string]string{}
+	t.Run("group", func(t *testing.T) {
+		for _, prefix := range []string{"e2e-p", "e2e-q"} {
+			made.Add(1)
+			t.Run(prefix, func(t *testing.T) {
+				t.Parallel()
+				arrived := sync.OnceFunc(made.Done)
+				t.Cleanup(arrived) // the other one does not wait for ever
+				c := kit.Up(t, prefix, "--nodes", "0")
+				arrived()
+				made.Wait()
+				c.Command(t, "status")
+				namespace, err := c.Client.CoreV1().Namespaces().Get(t.Context(), "kube-system", metav1.GetOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				lock.Lock()
+				defer lock.Unlock()
+				for _, mark := range []string{c.Registry, c.Dir(), c.Config.Host, string(namespace.UID)} {
+					if seen[mark] != "" {
+						t.Errorf("%s belongs to %s as well", mark, seen[mark])
+					}
+					seen[mark] = c.Name
+				}
+			})
+		}
+	})
+	if len(seen) != 8 {
+		t.Errorf("two clusters should have 8 marks of their own: %v", seen)
+	}
+}
