@@ -39,6 +39,8 @@ func checkStartedOnce(t *testing.T, e *kit.Env, pods ...string) {
 // The agent may be killed at any moment: no container notices, and what was
 // half-made is finished or undone.
 func TestAgentKilled(t *testing.T) {
+	t.Parallel()
+	own(t, victimName)
 	e := kit.New(t)
 	var steady []string
 	for i := range 10 {
@@ -122,6 +124,8 @@ func TestAgentKilled(t *testing.T) {
 // A node without agent is NotReady after the grace period, and Ready again as
 // soon as the agent is back; its Pods run on all the while.
 func TestAgentStopped(t *testing.T) {
+	t.Parallel()
+	own(t, victimName)
 	e := kit.New(t)
 	node := strconv.Itoa(victim)
 	e.Create(e.Pod("running", "busybox:1.37", nil, kit.On(victimName), countedStarts))

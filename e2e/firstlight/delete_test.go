@@ -14,6 +14,8 @@ import (
 )
 
 func TestDelete(t *testing.T) {
+	t.Parallel()
+	share(t, victimName)
 	e := kit.New(t)
 
 	t.Run("TERM ends it", func(t *testing.T) {
@@ -111,6 +113,8 @@ func runs(t *testing.T, e *kit.Env, command string) bool {
 // After 50 Pods the node holds what it held before: no process, mount,
 // namespace, link, route, rule, cgroup, directory or file more.
 func TestNothingIsLeft(t *testing.T) {
+	t.Parallel()
+	own(t, victimName)
 	e := kit.New(t)
 	burst := func(prefix string, count int) {
 		t.Helper()

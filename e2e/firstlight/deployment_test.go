@@ -15,6 +15,8 @@ import (
 
 // A Deployment is scaled, updated and moved by a drain.
 func TestDeployment(t *testing.T) {
+	t.Parallel()
+	own(t, victimName) // it is drained
 	e := kit.New(t)
 	labels := map[string]string{"app": "web"}
 	replicas := int32(3)
@@ -86,8 +88,7 @@ func TestDeployment(t *testing.T) {
 		}
 	}
 
-	nodes := e.Nodes()
-	drained := nodes[0]
+	nodes, drained := e.Nodes(), victimName
 	defer kubectl("uncordon", drained)
 	// Only this test's Pods: others may run on a cluster that is shared.
 	kubectl("drain", drained, "--pod-selector=app=web", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=100s")

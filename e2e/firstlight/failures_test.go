@@ -42,8 +42,10 @@ func terminated(t *testing.T, e *kit.Env, pod string, timeout time.Duration) (*c
 
 // Whatever is wrong with a Pod, its status names it; the node is not impressed.
 func TestFailures(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
-	node := e.Nodes()[0]
+	node := quietNode(e)
+	share(t, node)
 	healthy := kit.On(node)
 	e.Create(e.Pod("bystander", "busybox:1.37", kit.Forever, healthy))
 	e.WaitReady(60*time.Second, "bystander")
@@ -137,6 +139,18 @@ func TestFailures(t *testing.T) {
 			return p.Status.Phase == corev1.PodFailed, kit.Describe(p)
 		})
 		if pod.Status.Reason != "OutOfcpu" || !strings.Contains(pod.Status.Message, "cpu, requested: 1000000") {
+			t.Errorf("reason %q, message %q", pod.Status.Reason, pod.Status.Message)
+		}
+	})
+	t.Run("wrong node", func(t *testing.T) {
+		e := e.In(t)
+		e.Create(e.Pod("misplaced", "busybox:1.37", kit.Forever, kit.On(node), func(p *corev1.Pod) {
+			p.Spec.NodeSelector = map[string]string{"example.org/planet": "mars"}
+		}))
+		pod := e.WaitPod("misplaced", 30*time.Second, "rejected", func(p *corev1.Pod) (bool, string) {
+			return p.Status.Phase == corev1.PodFailed, kit.Describe(p)
+		})
+		if pod.Status.Reason != "NodeAffinity" {
 			t.Errorf("reason %q, message %q", pod.Status.Reason, pod.Status.Message)
 		}
 	})

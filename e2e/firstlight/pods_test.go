@@ -24,9 +24,11 @@ func twoApps(e *kit.Env, name, node string) *corev1.Pod {
 // The containers of a Pod share localhost, and reach other Pods by their IP,
 // on the same node and on another.
 func TestTwoAppsShareLocalhost(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
 	nodes := e.Nodes()
 	near, far := nodes[0], nodes[len(nodes)-1]
+	share(t, near, far)
 	e.Create(twoApps(e, "apps", near), twoApps(e, "neighbour", near), twoApps(e, "remote", far))
 	pods := e.WaitReady(90*time.Second, "apps", "neighbour", "remote")
 	seen := map[string]string{}
@@ -71,8 +73,11 @@ func TestTwoAppsShareLocalhost(t *testing.T) {
 // Two containers of a Pod cannot have the same port: the second one crashes,
 // and is restarted with kubelet's delays, while the first goes on serving.
 func TestSamePortCrashLoops(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
-	pod := twoApps(e, "clash", e.Nodes()[0])
+	node := quietNode(e)
+	share(t, node)
+	pod := twoApps(e, "clash", node)
 	// The second waits a moment, so that it is certain who has the port.
 	pod.Spec.Containers[1].Command = []string{"sh", "-c", "sleep 2; exec /app-b"}
 	pod.Spec.Containers[1].Env = []corev1.EnvVar{{Name: "PORT", Value: "3000"}}

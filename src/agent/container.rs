@@ -21,7 +21,7 @@ use crate::resources::limits::container_limits;
 use crate::runtime::client::{CreateRequest, Shim, ShimError, ShimEvent};
 use crate::runtime::spec::{self, ContainerInput, Namespaces, UserFiles};
 use crate::shim::bundle::{Access, BindMount, SETUP_FILE};
-use crate::volume::{MountedVolumes, container_mounts};
+use crate::volume::{MountedVolumes, container_mounts, remove_tree};
 
 /// How long a killed process may take to end.
 const END_DEADLINE: Duration = Duration::from_secs(10);
@@ -325,8 +325,8 @@ impl Node {
             let (dir, writable) = (self.pod_dir(uid).container(&id), self.writable_dir(uid).join(&id));
             blocking(move || -> Result<(), String> {
                 unmount_rootfs(&dir.join("rootfs")).map_err(|error| error.to_string())?;
-                super::sandbox::remove_tree(&dir).map_err(|error| error.to_string())?;
-                super::sandbox::remove_tree(&writable).map_err(|error| error.to_string())
+                remove_tree(&dir).map_err(|error| error.to_string())?;
+                remove_tree(&writable).map_err(|error| error.to_string())
             })
             .await?;
         }

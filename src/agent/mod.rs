@@ -1,6 +1,7 @@
 //! Wires one node together: configuration in, running tasks out.
 
 mod admission;
+mod allocatable;
 mod container;
 mod endpoints;
 mod hooks;
@@ -11,6 +12,7 @@ mod mirrors;
 pub mod node;
 pub mod pods;
 mod probe;
+mod process;
 pub mod progress;
 pub mod records;
 pub mod report;

@@ -19,7 +19,7 @@ use super::node::{Node, NodeEffects};
 use super::pods::Pods;
 use super::progress::Pulls;
 use super::records::Records;
-use super::{images, local, serving, sources};
+use super::{allocatable, images, local, process, serving, sources};
 use crate::config::Config;
 use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
 use crate::network::dns::{NodeDns, ResolvConf};
@@ -161,6 +161,10 @@ impl Standalone {
 }
 
 async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
+    // a Pod beside other work on this machine takes the machine as it is
+    if role == Role::Agent {
+        process::check_swap(&config.kubelet)?;
+    }
     for dir in [&config.paths.root_dir, &config.paths.data_dir, &config.paths.state_dir] {
         fs::create_dir_all(dir).map_err(|error| format!("create {}: {error}", dir.display()))?;
     }
@@ -171,6 +175,12 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     }
     let cluster = connect(&config).await?;
     let node = build(&config, &cluster).await?;
+    if role == Role::Agent {
+        // after the launcher was made: Pods keep the limits that this process was started with
+        process::claim_resources(&config.kubelet);
+    }
+    let machine = cluster.facts.borrow().machine.clone();
+    allocatable::enforce(&node, &machine).await?;
     let effects = Arc::new(NodeEffects(node.clone()));
     adopt(&node, &effects).await?;
     if role == Role::Standalone {
@@ -188,6 +198,7 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     local::serve(&node, server, changes)?;
     tokio::spawn(follow_pod_cidrs(node.clone(), cluster.object.subscribe(), cluster.health.clone()));
     tokio::spawn(refresh_volumes(node.clone()));
+    tokio::spawn(allocatable::weigh_tiers(node.clone()));
     tokio::spawn(keep_images(node.clone(), cluster.facts.clone()));
     tracing::info!(node = config.node_name, "the node is running");
     Ok(Running { node, cluster, _lock: lock })

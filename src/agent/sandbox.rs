@@ -23,6 +23,7 @@ use crate::pod::fold::Found;
 use crate::pod::model::{Desired, Instance, Observed};
 use crate::pod::plan::TEAR_DOWN_FAILED;
 use crate::runtime::client::{ContainerRecord, Shim, ShimError, ShimEvent, ShimOptions, read_records};
+use crate::volume::{is_mount_point, remove_tree};
 
 /// File in a container's directory: the [`Instance`] as it was before it was created.
 pub(super) const INSTANCE_FILE: &str = "instance.json";
@@ -97,7 +98,9 @@ impl Node {
         }
         let names = pod_hostname(&pod, &self.config.kubelet.cluster_domain)
             .map_err(|error| failed("set up the hostname", error.to_string()))?;
-        let kernel_name = if host_network { self.config.hostname.clone() } else { names.kernel.clone() };
+        // the machine's own UTS namespace has the machine's name, whatever --hostname-override says
+        let machine = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let kernel_name = if host_network { machine() } else { names.kernel.clone() };
         let network_request = network_request(desired.uid(), &pod, &spec, kernel_name.clone());
         let dir = self.pod_dir(desired.uid());
         let (cgroups, cgroup_pod, log_dir) = (self.cgroups.clone(), pod.clone(), self.log_dir(&pod));
@@ -367,33 +370,17 @@ fn network_request(uid: &str, pod: &Pod, spec: &PodSpec, hostname: String) -> Po
 
 /// The Pod's shared memory: 64 MiB, as every CRI runtime gives.
 fn mount_shm(path: &Path) -> io::Result<()> {
-    if is_mounted(path)? {
+    if is_mount_point(path)? {
         return Ok(());
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     Ok(mount(Some("shm"), path, Some("tmpfs"), flags, Some("mode=1777,size=65536k"))?)
 }
 
-/// Whether a directory is the root of a mount.
-fn is_mounted(path: &Path) -> io::Result<bool> {
-    let of = |path: &Path| {
-        rustix::fs::statx(rustix::fs::CWD, path, rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::MNT_ID)
-    };
-    let parent = path.parent().unwrap_or(path);
-    Ok(of(path)?.stx_mnt_id != of(parent)?.stx_mnt_id)
-}
-
 fn unmount(path: &Path) -> io::Result<()> {
     match umount2(path, MntFlags::MNT_DETACH) {
         Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => Ok(()),
         Err(error) => Err(error.into()),
-    }
-}
-
-pub(super) fn remove_tree(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

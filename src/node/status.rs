@@ -15,7 +15,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::{Map, Value, json};
 
 use super::machine::MachineInfo;
-use crate::config::{Config, KUBERNETES_VERSION};
+use crate::config::{Config, KUBERNETES_VERSION, KubeletConfiguration};
 use crate::resources::quantity;
 
 /// Names of one image in a Node's status at most.
@@ -225,17 +225,23 @@ fn format(name: &str, nanos: i128) -> Quantity {
     if name == "cpu" { quantity::from_milli(whole(1_000_000)) } else { quantity::from_bytes(whole(1_000_000_000)) }
 }
 
-/// How much of a resource Pods do not get, in billionths.
-fn reserved(name: &str, total: i128, config: &Config) -> i128 {
-    let kubelet = &config.kubelet;
+/// What `systemReserved` and `kubeReserved` keep of a resource, in billionths. `pid` is a resource here.
+#[must_use]
+pub fn reservation(name: &str, kubelet: &KubeletConfiguration) -> i128 {
     let amount =
         |map: &BTreeMap<String, String>| map.get(name).and_then(|text| quantity::nanos(text).ok()).unwrap_or(0);
-    let explicit = if name == "cpu" && !kubelet.reserved_system_cpus.is_empty() {
+    if name == "cpu" && !kubelet.reserved_system_cpus.is_empty() {
         // the explicit list supersedes both amounts
         i128::from(super::machine::count_cpus(&kubelet.reserved_system_cpus)) * 1_000_000_000
     } else {
         amount(&kubelet.system_reserved) + amount(&kubelet.kube_reserved)
-    };
+    }
+}
+
+/// How much of a resource Pods do not get, in billionths.
+fn reserved(name: &str, total: i128, config: &Config) -> i128 {
+    let kubelet = &config.kubelet;
+    let explicit = reservation(name, kubelet);
     let signal = match name {
         "memory" => "memory.available",
         "ephemeral-storage" => "nodefs.available",

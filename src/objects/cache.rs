@@ -6,115 +6,20 @@
 //! immutable object is read once; one that only environment variables need is let go after a while without a reader.
 //! What is cached is therefore bounded by what runs here.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures::StreamExt;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
-use kube::runtime::utils::Backoff;
-use kube::runtime::watcher::{self, Event};
-use kube::runtime::{WatchStreamExt, watcher as watch_objects};
-use kube::{Api, Client};
-use tokio::sync::{broadcast, watch};
-use tokio::task::AbortHandle;
+use kube::Client;
+use tokio::sync::broadcast;
 use tokio::time::Instant;
 
+use super::error::ObjectError;
+use super::follow::{Object, Shared, State, follow, lock};
 use super::references::{ObjectKey, ObjectKind, References, references};
-
-/// An object that cannot be had. All but [`ObjectError::Standalone`] are worth a retry: objects get created, rights
-/// get granted and servers come back.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ObjectError {
-    /// The API server says that there is no such object.
-    #[error("{kind} \"{name}\" not found")]
-    NotFound {
-        /// What was asked for.
-        kind: ObjectKind,
-        /// Its namespace.
-        namespace: String,
-        /// Its name.
-        name: String,
-    },
-    /// The node may not read it, even after the time that the authorizer needs to learn of a new Pod.
-    #[error("{message}")]
-    Forbidden {
-        /// What the API server says.
-        message: String,
-    },
-    /// The API server did not answer, or not in time.
-    #[error("failed to sync {kind} cache: {reason}")]
-    Unavailable {
-        /// What was asked for.
-        kind: ObjectKind,
-        /// Why it failed.
-        reason: String,
-    },
-    /// No registered Pod refers to it.
-    #[error("object {namespace:?}/{name:?} not registered")]
-    NotRegistered {
-        /// Its namespace.
-        namespace: String,
-        /// Its name.
-        name: String,
-    },
-    /// There is no API server. Terminal: a static Pod of such a node may not refer to API objects.
-    #[error(
-        "{kind} {namespace}/{name} cannot be read because this node has no API server: a static Pod may not refer to API objects, put the value into the manifest or use a hostPath volume"
-    )]
-    Standalone {
-        /// What was asked for.
-        kind: ObjectKind,
-        /// Its namespace.
-        namespace: String,
-        /// Its name.
-        name: String,
-    },
-}
-
-impl ObjectError {
-    /// Whether the object is known not to exist, which `optional: true` allows.
-    #[must_use]
-    pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::NotFound { .. })
-    }
-}
-
-/// A Secret as a node needs it. `Debug` shows the keys, never the values.
-#[derive(Clone, PartialEq, Eq)]
-pub struct SecretObject {
-    /// `metadata.namespace`
-    pub namespace: String,
-    /// `metadata.name`
-    pub name: String,
-    /// `type`, for example `kubernetes.io/dockerconfigjson`.
-    pub type_: String,
-    /// `data`, decoded.
-    pub data: BTreeMap<String, Vec<u8>>,
-}
-
-impl fmt::Debug for SecretObject {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SecretObject")
-            .field("namespace", &self.namespace)
-            .field("name", &self.name)
-            .field("type", &self.type_)
-            .field("keys", &self.data.keys().collect::<Vec<_>>())
-            .finish_non_exhaustive()
-    }
-}
-
-impl From<Secret> for SecretObject {
-    fn from(secret: Secret) -> Self {
-        Self {
-            namespace: secret.metadata.namespace.unwrap_or_default(),
-            name: secret.metadata.name.unwrap_or_default(),
-            type_: secret.type_.unwrap_or_default(),
-            data: secret.data.into_iter().flatten().map(|(key, value)| (key, value.0)).collect(),
-        }
-    }
-}
+use super::secret::SecretObject;
 
 /// Times of an [`ObjectCache`].
 #[derive(Clone, Copy, Debug)]
@@ -132,47 +37,8 @@ impl Default for CacheOptions {
     }
 }
 
-/// How long the first answer to a list may take before it is asked again.
-const LIST_DEADLINE: Duration = Duration::from_secs(30);
-
 /// Changes that a slow subscriber may fall behind by before it is told that it has missed some.
 const CHANGES: usize = 1024;
-
-#[derive(Clone, Debug)]
-enum Object {
-    ConfigMap(Arc<ConfigMap>),
-    Secret(Arc<SecretObject>),
-}
-
-#[derive(Clone, Debug)]
-enum State {
-    /// Not read yet, with what went wrong at the last try.
-    Pending(Option<ObjectError>),
-    Missing,
-    Found {
-        object: Object,
-        version: Option<String>,
-    },
-}
-
-/// What a Slot, its watch and its readers share.
-#[derive(Debug)]
-struct Shared {
-    key: ObjectKey,
-    state: watch::Sender<State>,
-    phase: Mutex<Phase>,
-}
-
-#[derive(Debug)]
-struct Phase {
-    accessed: Instant,
-    /// Pods whose volumes show the object.
-    live: usize,
-    /// The watch, while it runs.
-    task: Option<AbortHandle>,
-    /// The object is immutable: what was read stays true.
-    frozen: bool,
-}
 
 /// One object and the Pods that refer to it.
 #[derive(Debug)]
@@ -210,10 +76,6 @@ impl fmt::Debug for ObjectCache {
             .field("objects", &lock(&self.registry).slots.len())
             .finish_non_exhaustive()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl ObjectCache {
@@ -345,179 +207,7 @@ fn not_registered(namespace: &str, name: &str) -> ObjectError {
 
 impl Slot {
     fn new(key: ObjectKey) -> Self {
-        let phase = Phase { accessed: Instant::now(), live: 0, task: None, frozen: false };
-        let state = watch::Sender::new(State::Pending(None));
-        Self { shared: Arc::new(Shared { key, state, phase: Mutex::new(phase) }), pods: 0 }
-    }
-}
-
-/// An API type that can be cached.
-trait Cached:
-    kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
-    + Clone
-    + fmt::Debug
-    + serde::de::DeserializeOwned
-    + Send
-    + 'static
-{
-    fn immutable(&self) -> bool;
-    fn into_object(self) -> Object;
-}
-
-impl Cached for ConfigMap {
-    fn immutable(&self) -> bool {
-        self.immutable == Some(true)
-    }
-
-    fn into_object(mut self) -> Object {
-        // Neither is of use on a node, and both can be as large as the data.
-        self.metadata.managed_fields = None;
-        self.metadata.annotations = None;
-        Object::ConfigMap(Arc::new(self))
-    }
-}
-
-impl Cached for Secret {
-    fn immutable(&self) -> bool {
-        self.immutable == Some(true)
-    }
-
-    fn into_object(self) -> Object {
-        Object::Secret(Arc::new(self.into()))
-    }
-}
-
-/// Pauses between tries: they start well below a reader's deadline, because a refusal right after binding is over in
-/// milliseconds, and grow to 30 s.
-#[derive(Debug, Default)]
-struct Retry {
-    failures: u32,
-}
-
-impl Iterator for Retry {
-    type Item = Duration;
-
-    fn next(&mut self) -> Option<Duration> {
-        let pause = Duration::from_millis(100 << self.failures.min(9)).min(Duration::from_secs(30));
-        self.failures = self.failures.saturating_add(1);
-        // Up to half as much again, so that the watches of a node do not come back all at once.
-        Some(pause.mul_f64(1.0 + fastrand::f64() / 2.0))
-    }
-}
-
-impl Backoff for Retry {
-    fn reset(&mut self) {
-        self.failures = 0;
-    }
-}
-
-/// Watches one object until it is immutable or nobody has wanted it for `idle`.
-async fn follow<K: Cached>(client: Client, shared: Arc<Shared>, changes: broadcast::Sender<ObjectKey>, idle: Duration) {
-    let api: Api<K> = Api::namespaced(client, &shared.key.namespace);
-    loop {
-        let config = watcher::Config::default().fields(&format!("metadata.name={}", shared.key.name));
-        let mut events = std::pin::pin!(watch_objects(api.clone(), config).backoff(Retry::default()));
-        let mut listed = None;
-        loop {
-            let pending = matches!(*shared.state.borrow(), State::Pending(None));
-            let wake = if pending { Instant::now() + LIST_DEADLINE } else { lock(&shared.phase).accessed + idle };
-            let event = match tokio::time::timeout_at(wake, events.next()).await {
-                Ok(Some(event)) => event,
-                Ok(None) => break,
-                // Never answered: the connection may be dead.
-                Err(_) if pending => break,
-                Err(_) if shared.rest(idle) => return,
-                Err(_) => continue,
-            };
-            match event {
-                Ok(Event::Init) => listed = None,
-                Ok(Event::InitApply(object)) => listed = Some(object),
-                Ok(Event::InitDone) => {
-                    if shared.publish(listed.take(), &changes) {
-                        return;
-                    }
-                }
-                Ok(Event::Apply(object)) => {
-                    if shared.publish(Some(object), &changes) {
-                        return;
-                    }
-                }
-                Ok(Event::Delete(_)) => {
-                    shared.publish::<K>(None, &changes);
-                }
-                Err(error) => shared.failed(&error),
-            }
-        }
-    }
-}
-
-impl Shared {
-    /// Stops the watch if nobody has wanted the object for `idle`; the next reader starts it again.
-    fn rest(&self, idle: Duration) -> bool {
-        let mut phase = lock(&self.phase);
-        if phase.live > 0 {
-            // A volume shows it. Counts as wanted, so that the timer starts anew.
-            phase.accessed = Instant::now();
-            return false;
-        }
-        if phase.accessed.elapsed() < idle {
-            return false;
-        }
-        phase.task = None;
-        self.state.send_replace(State::Pending(None));
-        true
-    }
-
-    /// Makes what was read known; `true` if it will never change again.
-    fn publish<K: Cached>(&self, object: Option<K>, changes: &broadcast::Sender<ObjectKey>) -> bool {
-        let immutable = object.as_ref().is_some_and(Cached::immutable);
-        let new = match object {
-            Some(object) => {
-                State::Found { version: object.meta().resource_version.clone(), object: object.into_object() }
-            }
-            None => State::Missing,
-        };
-        if immutable {
-            let mut phase = lock(&self.phase);
-            phase.frozen = true;
-            phase.task = None;
-        }
-        let changed = self.state.send_if_modified(|state| {
-            let same = match (&*state, &new) {
-                (State::Missing, State::Missing) => true,
-                (State::Found { version: Some(old), .. }, State::Found { version: Some(new), .. }) => old == new,
-                _ => false,
-            };
-            *state = new;
-            !same
-        });
-        if changed {
-            // Nobody may be listening, which is fine.
-            let _ = changes.send(self.key.clone());
-        }
-        immutable
-    }
-
-    /// What was read stays readable while the API server is away; an error matters to those who still wait.
-    fn failed(&self, error: &watcher::Error) {
-        tracing::debug!(object = ?self.key, %error, "Failed to watch object");
-        let refused = match error {
-            watcher::Error::InitialListFailed(kube::Error::Api(status))
-            | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-            | watcher::Error::WatchError(status) => Some(status),
-            _ => None,
-        };
-        let error = match refused {
-            Some(status) if status.code == 403 => ObjectError::Forbidden { message: status.message.clone() },
-            Some(status) => ObjectError::Unavailable { kind: self.key.kind, reason: status.message.clone() },
-            None => ObjectError::Unavailable { kind: self.key.kind, reason: error.to_string() },
-        };
-        self.state.send_if_modified(|state| {
-            if let State::Pending(last) = state {
-                *last = Some(error);
-            }
-            false
-        });
+        Self { shared: Arc::new(Shared::new(key)), pods: 0 }
     }
 }
 

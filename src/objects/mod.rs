@@ -3,24 +3,32 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `cache.rs` | ConfigMaps and Secrets, each watched by name as long as a Pod of this node refers to it |
+//! | `follow.rs` | the watch of one of them |
+//! | `secret.rs` | a Secret that never shows its values |
+//! | `error.rs` | why an object cannot be had |
 //! | `references.rs` | which objects a Pod refers to |
 //! | `tokens.rs` | ServiceAccount tokens bound to a Pod |
 //! | `services.rs` | Services, and the environment variables made of them |
 //! | `fields.rs` | `fieldRef` and `resourceFieldRef`, pure |
 
 mod cache;
+mod error;
 mod fields;
+mod follow;
 mod references;
+mod secret;
 mod services;
 mod tokens;
 
 #[cfg(test)]
 pub(crate) mod fake_api;
 
-pub use cache::{CacheOptions, ObjectCache, ObjectError, SecretObject};
+pub use cache::{CacheOptions, ObjectCache};
+pub use error::ObjectError;
 pub use fields::{
     FieldContext, FieldError, env_field, env_resource, pod_volume_field, pod_volume_resource, split_subscript,
 };
 pub use references::{ObjectKey, ObjectKind, References};
+pub use secret::SecretObject;
 pub use services::{ServiceCache, ServicesNotRead, service_environment};
 pub use tokens::{Token, TokenError, TokenKey, TokenManager};

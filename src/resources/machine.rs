@@ -73,6 +73,27 @@ pub fn possible_cpus() -> Vec<usize> {
     cpus
 }
 
+/// How many tasks the kernel allows at all, the smaller of `kernel.pid_max` and `kernel.threads-max`; none if it says
+/// neither.
+#[must_use]
+pub fn max_tasks() -> Option<i64> {
+    let read = |path| fs::read_to_string(path).ok()?.trim().parse().ok();
+    ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"].into_iter().filter_map(read).min()
+}
+
+/// Whether the kernel uses swap: `/proc/swaps` lists more than its title. A kernel without swap has no such file.
+pub fn swap_is_on() -> io::Result<bool> {
+    match fs::read_to_string("/proc/swaps") {
+        Ok(text) => Ok(lists_swap(&text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn lists_swap(swaps: &str) -> bool {
+    swaps.trim().lines().count() > 1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,5 +112,14 @@ mod tests {
         }
         assert!(online_cpus().unwrap() > 0);
         assert!(possible_cpus().len() >= online_cpus().unwrap());
+    }
+    #[test]
+    fn swap_is_what_follows_the_title() {
+        let title = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n";
+        for (text, on) in [("", false), (title, false), (&format!("{title}/dev/sda2 partition 1 0 -2\n"), true)] {
+            assert_eq!(lists_swap(text), on, "{text:?}");
+        }
+        assert_eq!(swap_is_on().unwrap(), meminfo().unwrap().swap_total > 0);
+        assert!(max_tasks().is_some_and(|most| most > 0));
     }
 }

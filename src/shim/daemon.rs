@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{Mode, umask};
 
@@ -33,12 +34,14 @@ struct Options {
     pod_dir: PathBuf,
     oom_score_adj: i32,
     cgroup: Option<PathBuf>,
+    /// Soft and hard limit of open files, for the shim and its containers; the agent's if `None`.
+    open_files: Option<(u64, u64)>,
 }
 
 impl Options {
     fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, String> {
         let mut args = args;
-        let (mut pod_dir, mut oom_score_adj, mut cgroup) = (None, -998, None);
+        let (mut pod_dir, mut oom_score_adj, mut cgroup, mut open_files) = (None, -998, None, None);
         while let Some(name) = args.next() {
             let name = name.to_string_lossy().into_owned();
             let value = args.next().ok_or_else(|| format!("{name} needs a value"))?;
@@ -49,11 +52,20 @@ impl Options {
                     oom_score_adj =
                         value.to_str().and_then(|v| v.parse().ok()).ok_or("--oom-score-adj needs a number")?;
                 }
-                _ => return Err(format!("unknown option {name}; known are --pod-dir, --cgroup and --oom-score-adj")),
+                "--open-files" => {
+                    let limits = value.to_str().and_then(|v| v.split_once(':'));
+                    let limits = limits.and_then(|(soft, hard)| Some((soft.parse().ok()?, hard.parse().ok()?)));
+                    open_files = Some(limits.ok_or("--open-files needs two numbers, soft:hard")?);
+                }
+                _ => {
+                    return Err(format!(
+                        "unknown option {name}; known are --pod-dir, --cgroup, --oom-score-adj and --open-files"
+                    ));
+                }
             }
         }
         let pod_dir = pod_dir.filter(|dir| dir.is_absolute()).ok_or("--pod-dir needs an absolute path")?;
-        Ok(Options { pod_dir, oom_score_adj, cgroup })
+        Ok(Options { pod_dir, oom_score_adj, cgroup, open_files })
     }
 }
 
@@ -155,6 +167,11 @@ fn serve(options: &Options, listener: UnixListener, log: File) -> io::Result<()>
     if let Err(error) = fs::write("/proc/self/oom_score_adj", options.oom_score_adj.to_string()) {
         note!("warning: oom_score_adj {} refused: {error}", options.oom_score_adj);
     }
+    if let Some((soft, hard)) = options.open_files
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, soft, hard)
+    {
+        note!("warning: limit of {soft} open files (hard: {hard}) refused: {error}");
+    }
     let hierarchies = Hierarchies::discover()?;
     if let Some(cgroup) = &options.cgroup
         && let Err(error) = hierarchies.enter(cgroup)
@@ -175,10 +192,13 @@ mod tests {
     #[test]
     fn options_say_what_is_wrong() {
         assert!(parse(&["--pod-dir", "/p", "--oom-score-adj", "-500"]).is_ok_and(|o| o.oom_score_adj == -500));
+        let files = parse(&["--pod-dir", "/p", "--open-files", "1024:4096"]);
+        assert!(files.is_ok_and(|o| o.open_files == Some((1024, 4096))));
         for (args, text) in [
             (&["--pod-dir", "p"][..], "absolute"),
             (&["--pod-dir"][..], "needs a value"),
             (&["--verbose", "1"][..], "--verbose"),
+            (&["--pod-dir", "/p", "--open-files", "1024"][..], "soft:hard"),
             (&[][..], "--pod-dir"),
         ] {
             assert!(parse(args).err().is_some_and(|e| e.contains(text)), "{args:?}");

@@ -4,7 +4,9 @@
 #![allow(clippy::disallowed_methods, reason = "a test starts programs, and looks again and again at what they write")]
 
 mod registry;
+mod terminal;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -14,6 +16,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use terminal::Terminal;
 
 const GANTRY: &str = env!("CARGO_BIN_EXE_gantry");
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -32,6 +36,11 @@ fn tool(args: &[&str]) {
 
 impl Place {
     fn new(name: &str) -> Self {
+        Self::with_registry(name, None)
+    }
+
+    /// `pause`: between the parts of what the registry sends.
+    fn with_registry(name: &str, pause: Option<Duration>) -> Self {
         // of this thread, and so of what it starts: links, rules and mounts end with it
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("root");
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private");
@@ -39,7 +48,7 @@ impl Place {
         tool(&["ip", "addr", "add", "10.99.0.1/24", "dev", "lo"]);
         let dir = tempfile::Builder::new().prefix("gantry-local-test-").tempdir_in("/tmp").expect("directory");
         let cgroup = format!("/gantry-local-{name}-{}", std::process::id());
-        Self { dir, registry: registry::start(), cgroup }
+        Self { dir, registry: registry::start(pause), cgroup }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -50,8 +59,8 @@ impl Place {
         format!("--state-dir={}", self.path("run").display())
     }
 
-    /// Starts `gantry run`; its output goes to files.
-    fn run(&self, manifest: &Path) -> Child {
+    /// `gantry run`, to be started.
+    fn command(&self, manifest: &Path) -> Command {
         let config = self.path("config.yaml");
         let text = format!(
             "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nfailCgroupV1: false\n\
@@ -60,21 +69,25 @@ impl Place {
         );
         fs::write(&config, text).unwrap();
         let flag = |name: &str, value: &Path| format!("--{name}={}", value.display());
-        Command::new(GANTRY)
-            .arg("run")
-            .arg(manifest)
-            .args([
-                self.state_dir(),
-                flag("data-dir", &self.path("data")),
-                flag("root-dir", &self.path("kubelet")),
-                flag("cert-dir", &self.path("pki")),
-                flag("config", &config),
-                flag("container-logs-dir", &self.path("links")),
-                format!("--cgroup-root={}", self.cgroup),
-                format!("--insecure-registry={}", self.registry),
-                "--node-ip=10.99.0.1".to_owned(),
-                "--hostname-override=here".to_owned(),
-            ])
+        let mut command = Command::new(GANTRY);
+        command.arg("run").arg(manifest).args([
+            self.state_dir(),
+            flag("data-dir", &self.path("data")),
+            flag("root-dir", &self.path("kubelet")),
+            flag("cert-dir", &self.path("pki")),
+            flag("config", &config),
+            flag("container-logs-dir", &self.path("links")),
+            format!("--cgroup-root={}", self.cgroup),
+            format!("--insecure-registry={}", self.registry),
+            "--node-ip=10.99.0.1".to_owned(),
+            "--hostname-override=here".to_owned(),
+        ]);
+        command
+    }
+
+    /// Starts `gantry run`; its output goes to files.
+    fn run(&self, manifest: &Path) -> Child {
+        self.command(manifest)
             .stdin(Stdio::null())
             .stdout(fs::File::create(self.path("stdout")).unwrap())
             .stderr(fs::File::create(self.path("stderr")).unwrap())
@@ -155,13 +168,17 @@ fn wait(child: &mut Child) -> i32 {
     }
 }
 
-fn until(what: &str, place: &Place, child: &mut Child, mut done: impl FnMut() -> bool) {
+fn until(what: &str, place: &Place, child: &mut Child, done: impl FnMut() -> bool) {
+    await_or(what, child, done, || format!("{:?}", place.shown()));
+}
+
+fn await_or(what: &str, child: &mut Child, mut done: impl FnMut() -> bool, shown: impl Fn() -> String) {
     let began = Instant::now();
     while !done() {
         if began.elapsed() > PATIENCE || child.try_wait().unwrap().is_some() {
             let _ = child.kill();
             let _ = child.wait();
-            panic!("{what}: {:?}", place.shown());
+            panic!("{what}: {}", shown());
         }
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -257,13 +274,72 @@ fn a_second_run_uses_the_first_ones_node_and_a_second_interrupt_kills() {
 }
 
 #[test]
-fn a_wrong_manifest_names_file_field_and_value() {
+fn on_a_terminal_there_are_bars_and_colours_and_ctrl_c_ends_it_with_grace() {
+    let place = Place::with_registry("terminal", Some(Duration::from_millis(50)));
+    let manifest = place.manifest("trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.1; done");
+    let (mut terminal, mut child) = Terminal::start(&place.command(&manifest));
+    let prefix = "\x1b[36mmain |\x1b[0m ";
+    let up = format!("{prefix}up\r\n");
+    await_or("the Pod runs", &mut child, || terminal.shown().contains(&up), || terminal.shown());
+    let shown = terminal.shown();
+    // the bar is drawn again and again, with more and more bytes
+    let bars: Vec<_> = shown.match_indices(&format!("{}/busybox:1 ", place.registry)).map(|(at, _)| at).collect();
+    let sizes: BTreeSet<_> = bars
+        .iter()
+        .filter_map(|at| {
+            shown[*at..].split_whitespace().find(|word| word.contains('/') && word.starts_with(char::is_numeric))
+        })
+        .collect();
+    assert!(bars.len() > 3 && sizes.len() > 3 && shown.contains("0/1 layers"), "{sizes:?} {shown:?}");
+    let address = shown.find("pod default/web has address 10.88.").unwrap_or_else(|| panic!("{shown:?}"));
+    let output = shown.find(&up).unwrap();
+    assert!(bars.iter().all(|bar| *bar < output) && address < output, "a bar stays: {shown:?}");
+
+    terminal.press(b"\x03");
+    assert_eq!(wait(&mut child), 130, "{:?}", terminal.shown());
+    assert!(terminal.shown().contains(&format!("{prefix}bye\r\n")), "{:?}", terminal.shown());
+    assert_eq!(fs::read_dir(place.path("run/pods")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_wrong_manifest_names_file_field_and_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pod.yaml");
-    fs::write(&path, "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c, imag: x}]}\n")
-        .unwrap();
-    let output = Command::new(GANTRY).arg("run").arg(&path).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(text.contains("pod.yaml") && text.contains("spec.containers[0].imag: unknown field"), "{text}");
+    let container = |field: &str| {
+        format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: a}}\nspec: {{containers: [{{name: c, {field}}}]}}\n")
+    };
+    let refused = |path: &Path| {
+        let output = Command::new(GANTRY).arg("run").arg(path).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    for (manifest, words) in [
+        (container("imag: x"), "spec.containers[0].imag: unknown field: correct its spelling or remove it"),
+        (container("image: 5"), "spec.containers[0].image: invalid type"),
+        (container("image: i, env: [{name: A, valueFrom: {configMapKeyRef: {name: m, key: k}}}]"), "plain values"),
+        ("apiVersion: apps/v1\nkind: Deployment\n".to_owned(), "write apiVersion: v1 and kind: Pod"),
+        ("a: b: c\n".to_owned(), "couldn't parse as pod"),
+    ] {
+        fs::write(&path, &manifest).unwrap();
+        let text = refused(&path);
+        assert!(text.contains("pod.yaml: ") && text.contains(words), "{manifest}{text}");
+    }
+    let text = refused(&dir.path().join("none.yaml"));
+    assert!(text.contains("none.yaml") && text.contains("No such file"), "{text}");
+}
+
+#[test]
+fn an_image_that_cannot_be_had_is_named() {
+    let place = Place::new("no-image");
+    let manifest = place.manifest("true");
+    let text = fs::read_to_string(&manifest).unwrap().replace("/busybox:1", "/no/such:7");
+    fs::write(&manifest, text).unwrap();
+    let mut child = place.run(&manifest);
+    let image = format!("{}/no/such:7", place.registry);
+    until("the reason is shown", &place, &mut child, || {
+        let (_, stderr) = place.shown();
+        stderr.lines().any(|line| line.starts_with("container main: ErrImagePull: ") && line.contains(&image))
+    });
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(wait(&mut child), 143, "{:?}", place.shown());
 }

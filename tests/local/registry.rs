@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -34,8 +35,12 @@ fn busybox_layer() -> Vec<u8> {
     tar.into_inner().expect("tar")
 }
 
+/// Bytes that are sent at once, with a pause after them.
+const CHUNK: usize = 64 << 10;
+
 /// Serves `busybox:1` from the calling thread's network namespace for as long as the process lives; returns host:port.
-pub fn start() -> String {
+/// A pause after each 64 KiB makes pulls slow enough to be looked at.
+pub fn start(pause: Option<Duration>) -> String {
     let layer = busybox_layer();
     let config = json!({
         "architecture": "amd64", "os": "linux",
@@ -63,14 +68,14 @@ pub fn start() -> String {
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let documents = documents.clone();
-            std::thread::spawn(move || serve(&stream, &documents));
+            std::thread::spawn(move || serve(&stream, &documents, pause));
         }
     });
     host
 }
 
 /// Answers one request and closes.
-fn serve(stream: &TcpStream, documents: &Documents) -> Option<()> {
+fn serve(stream: &TcpStream, documents: &Documents, pause: Option<Duration>) -> Option<()> {
     let mut lines = BufReader::new(stream).lines();
     let request = lines.next()?.ok()?;
     while !lines.next()?.ok()?.is_empty() {}
@@ -86,5 +91,12 @@ fn serve(stream: &TcpStream, documents: &Documents) -> Option<()> {
         digest(bytes)
     );
     stream.write_all(head.as_bytes()).ok()?;
-    if method == "HEAD" { Some(()) } else { stream.write_all(bytes).ok() }
+    if method == "HEAD" {
+        return Some(());
+    }
+    for chunk in bytes.chunks(CHUNK) {
+        stream.write_all(chunk).ok()?;
+        pause.map(std::thread::sleep);
+    }
+    Some(())
 }

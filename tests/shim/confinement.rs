@@ -5,7 +5,7 @@ use std::fs;
 use gantry::shim::bundle::{CapabilitySets, Setup};
 use serde_json::json;
 
-use crate::harness::{DEFAULT_CAPS, Pod, caps};
+use crate::harness::{DEFAULT_CAPS, Pod, caps, launcher};
 
 const STATUS: &str = "grep -E '^(Cap|Seccomp:|NoNewPrivs|SigIgn|SigBlk|Groups|Uid|Umask)' /proc/self/status";
 
@@ -226,4 +226,19 @@ fn shift(path: &std::path::Path) {
     if path.is_dir() && !path.is_symlink() {
         fs::read_dir(path).expect("dir").for_each(|entry| shift(&entry.expect("entry").path()));
     }
+}
+
+/// The agent changes its own limit once it is made; programs in containers get what the machine's administrator set.
+#[tokio::test]
+async fn the_agents_own_limit_of_open_files_is_not_the_containers() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let launcher = launcher();
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
+    setrlimit(Resource::RLIMIT_NOFILE, soft - 1, hard).expect("limit");
+    let mut pod = Pod::from(&launcher).await;
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("limit");
+    let draft = pod.draft("app", "ulimit -Sn; ulimit -Hn");
+    pod.run(&draft).await;
+    let limits = [soft, hard].map(|limit| format!("stdout:{limit}"));
+    assert_eq!(pod.log(&draft), limits);
 }

@@ -59,10 +59,14 @@ pub fn launcher() -> ShimLauncher {
 
 impl Pod {
     pub async fn new() -> Pod {
+        Pod::from(&launcher()).await
+    }
+
+    pub async fn from(launcher: &ShimLauncher) -> Pod {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let dir = tempfile::Builder::new().prefix("gantry-shim-test-").tempdir_in("/tmp").expect("pod directory");
         fs::create_dir(dir.path().join("containers")).expect("containers");
-        let shim = launcher().launch(dir.path(), &ShimOptions::default()).await.expect("launch");
+        let shim = launcher.launch(dir.path(), &ShimOptions::default()).await.expect("launch");
         let events = shim.events();
         let cgroup = PathBuf::from(format!("/gantry-test-{}-{number}", std::process::id()));
         Pod { dir, shim, events, cgroup }

@@ -89,6 +89,9 @@ func upCommand() *cobra.Command {
 					return fmt.Errorf("--kubelet-config %s: %w", kubeletConfig, err)
 				}
 			}
+			if options.ClusterSigningDuration < 130*time.Second {
+				return fmt.Errorf("--cluster-signing-duration %s: use at least 130s, or nodes ask for new certificates all the time", options.ClusterSigningDuration)
+			}
 			if options.Self, err = os.Executable(); err != nil {
 				return err
 			}
@@ -113,6 +116,7 @@ func upCommand() *cobra.Command {
 	flags.IntVar(&options.Nodes, "nodes", 1, "number of Gantry nodes; 0 gives only the control plane")
 	flags.IntVar(&options.GuestNodes, "guest-nodes", 0, "number of further nodes that are virtual machines with pure cgroup v2 (hack/guest build)")
 	flags.DurationVar(&options.NodeMonitorGracePeriod, "node-monitor-grace-period", 50*time.Second, "how long a silent node stays Ready")
+	flags.DurationVar(&options.ClusterSigningDuration, "cluster-signing-duration", 365*24*time.Hour, "how long certificates of nodes are valid, at least 130s")
 	flags.StringVar(&kubeletConfig, "kubelet-config", "", "file with KubeletConfiguration fields for every node")
 	flags.StringArrayVar(&options.AgentArgs, "agent-arg", nil, "further argument of every agent (repeatable)")
 	flags.DurationVar(&options.Timeout, "timeout", 2*time.Minute, "give up after this time")

@@ -129,6 +129,7 @@ func (c *Cluster) controllerManager() component {
 		"--requestheader-client-ca-file=" + c.pkiPath("front-proxy-ca.crt"),
 		"--service-account-private-key-file=" + c.pkiPath("sa.key"), "--use-service-account-credentials=true",
 		"--cluster-signing-cert-file=" + c.pkiPath("ca.crt"), "--cluster-signing-key-file=" + c.pkiPath("ca.key"),
+		"--cluster-signing-duration=" + c.ClusterSigningDuration.String(),
 		"--allocate-node-cidrs=true", "--cluster-cidr=" + podCIDR, "--service-cluster-ip-range=" + serviceCIDR,
 		"--cluster-name=gantry-" + c.Name,
 		"--controllers=*,bootstrapsigner,tokencleaner",

@@ -48,6 +48,8 @@ type State struct {
 	Processes map[string]proc.ID `json:"processes"`
 	// NodeMonitorGracePeriod is how long a silent node stays Ready.
 	NodeMonitorGracePeriod time.Duration `json:"nodeMonitorGracePeriod"`
+	// ClusterSigningDuration is how long certificates of nodes are valid.
+	ClusterSigningDuration time.Duration `json:"clusterSigningDuration"`
 	AgentArgs              []string      `json:"agentArgs,omitempty"`
 	GantryBinary           string        `json:"gantryBinary,omitempty"`
 }

@@ -31,6 +31,11 @@ type Options struct {
 	GuestNodes int
 	// NodeMonitorGracePeriod is the controller manager's flag of that name.
 	NodeMonitorGracePeriod time.Duration
+	// ClusterSigningDuration is the controller manager's flag of that name. Nodes
+	// ask for a new certificate when 70 to 90 percent of the old one's life are
+	// over, and the controller backdates by five minutes what it signs: with less
+	// than 130 s a new certificate is already due.
+	ClusterSigningDuration time.Duration
 	// KubeletConfig is laid over the generated KubeletConfiguration of every node.
 	KubeletConfig map[string]any
 	// AgentArgs are appended to every agent's command line.
@@ -63,7 +68,7 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 	ctx, cancel := context.WithTimeout(ctx, options.Timeout)
 	defer cancel()
 
-	c.NodeMonitorGracePeriod = options.NodeMonitorGracePeriod
+	c.NodeMonitorGracePeriod, c.ClusterSigningDuration = options.NodeMonitorGracePeriod, options.ClusterSigningDuration
 	c.AgentArgs, c.GantryBinary = options.AgentArgs, h.Gantry
 	if err := c.makeNetwork(); err != nil {
 		return c, err

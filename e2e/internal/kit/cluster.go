@@ -6,18 +6,22 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 )
 
@@ -28,16 +32,34 @@ type Cluster struct {
 	// Registry is host:port, for nodes and from here alike.
 	Registry string
 	Client   *kubernetes.Clientset
-	env      []string
+	// Config is an administrator's way to the API server.
+	Config *rest.Config
+	env    []string
+	down   func() error
+	// removed says that Down was called.
+	removed bool
 }
+
+// Dir is the directory of the cluster, which holds those of its nodes.
+func (c *Cluster) Dir() string { return filepath.Dir(c.Kubeconfig) }
+
+// NodeDir is the directory of a node that is no guest.
+func (c *Cluster) NodeDir(node int) string { return filepath.Join(c.Dir(), fmt.Sprintf("n%d", node)) }
 
 // The cluster of this test process.
 var current *Cluster
+
+// Parallel tests mostly wait: more of them than processors may run at once,
+// unless -parallel says otherwise.
+const parallel = "12"
 
 // Main is the body of TestMain: it brings up a cluster of its own, runs the
 // tests and takes it down again, however they end. With GANTRY_E2E_CLUSTER=NAME
 // the tests use that cluster and leave it alone.
 func Main(m *testing.M, upArgs ...string) {
+	if err := flag.Set("test.parallel", parallel); err != nil {
+		panic(err)
+	}
 	code, err := run(m, upArgs)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
@@ -47,22 +69,24 @@ func Main(m *testing.M, upArgs ...string) {
 }
 
 func run(m *testing.M, upArgs []string) (code int, err error) {
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-interrupted
+		removeAll()
+		os.Exit(130)
+	}()
 	name := os.Getenv("GANTRY_E2E_CLUSTER")
 	if name == "" {
 		name = fmt.Sprintf("e2e-%d", os.Getpid())
-		down, err := downAtExit(name)
-		if err != nil {
-			return 1, err
-		}
+		down, err := up(name, os.Stderr, upArgs...)
 		defer func() {
 			if failure := down(); failure != nil {
 				code, err = 1, failure
 			}
 		}()
-		up := hackCluster(append([]string{"up", "--name", name}, upArgs...)...)
-		up.Stdout, up.Stderr = os.Stderr, os.Stderr
-		if err := up.Run(); err != nil {
-			return 1, fmt.Errorf("hack/cluster up: %w", err)
+		if err != nil {
+			return 1, err
 		}
 	}
 	if current, err = connect(name); err != nil {
@@ -71,9 +95,79 @@ func run(m *testing.M, upArgs []string) (code int, err error) {
 	return m.Run(), nil
 }
 
+// What removes the clusters of this process.
+var made struct {
+	sync.Mutex
+	downs []func() error
+}
+
+func removeAll() {
+	made.Lock()
+	defer made.Unlock()
+	var wait sync.WaitGroup
+	for _, down := range made.downs {
+		wait.Go(func() {
+			if err := down(); err != nil {
+				fmt.Fprintln(os.Stderr, "e2e:", err)
+			}
+		})
+	}
+	wait.Wait()
+}
+
+// up makes a cluster. The function that it returns removes it, and has to be
+// called also after an error; it may be called again.
+func up(name string, progress io.Writer, args ...string) (down func() error, err error) {
+	down, err = downAtExit(name)
+	if err != nil {
+		return func() error { return nil }, err
+	}
+	made.Lock()
+	made.downs = append(made.downs, down)
+	made.Unlock()
+	command := hackCluster(append([]string{"up", "--name", name}, args...)...)
+	command.Stdout, command.Stderr = progress, progress
+	if err := command.Run(); err != nil {
+		return down, fmt.Errorf("hack/cluster up: %w", err)
+	}
+	return down, nil
+}
+
+// Up makes a further cluster for one test, with a name that starts with prefix.
+// It is removed at the test's end, or before that by Down.
+func Up(t testing.TB, prefix string, args ...string) *Cluster {
+	t.Helper()
+	name := fmt.Sprintf("%s-%d", prefix, os.Getpid())
+	var progress bytes.Buffer
+	down, err := up(name, &progress, args...)
+	t.Cleanup(func() {
+		if err := down(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, progress.String())
+	}
+	c, err := connect(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.down = down
+	return c
+}
+
+// Down removes a cluster that was made by Up.
+func (c *Cluster) Down(t testing.TB) {
+	t.Helper()
+	c.removed = true
+	if err := c.down(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // downAtExit arranges that the cluster is removed even if this process panics
-// at a test's time limit or is killed: a shell waits for the end of its input,
-// which the kernel closes with this process.
+// at a test's time limit, is interrupted or is killed: a shell waits for the end
+// of its input, which the kernel closes with this process.
 func downAtExit(name string) (func() error, error) {
 	input, output, err := os.Pipe()
 	if err != nil {
@@ -86,21 +180,13 @@ func downAtExit(name string) (func() error, error) {
 		return nil, err
 	}
 	input.Close()
-	interrupted := make(chan os.Signal, 1)
-	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-interrupted
-		output.Close()
-		cmd.Wait()
-		os.Exit(130)
-	}()
-	return func() error {
+	return sync.OnceValue(func() error {
 		output.Close()
 		if err := cmd.Wait(); err != nil {
 			return fmt.Errorf("hack/cluster down --name %s: %w", name, err)
 		}
 		return nil
-	}, nil
+	}), nil
 }
 
 // script is the path of hack/cluster, found from this source file. Tests run
@@ -148,6 +234,7 @@ func connect(name string) (*Cluster, error) {
 		return nil, err
 	}
 	config.QPS, config.Burst = 100, 200
+	c.Config = config
 	c.Client, err = kubernetes.NewForConfig(config)
 	return c, err
 }
@@ -163,6 +250,27 @@ func (c *Cluster) Command(t testing.TB, command string, args ...string) []byte {
 		t.Fatalf("hack/cluster %s %s: %v\n%s", command, strings.Join(args, " "), err, errOut.String())
 	}
 	return out
+}
+
+// Gantry runs a command of the node's own program on the node's socket, as its
+// administrator does.
+func (c *Cluster) Gantry(ctx context.Context, node int, args ...string) (stdout, stderr string, err error) {
+	raw, err := os.ReadFile(filepath.Join(c.Dir(), "state.json"))
+	if err != nil {
+		return "", "", err
+	}
+	var state struct {
+		GantryBinary string `json:"gantryBinary"`
+	}
+	if err := json.Unmarshal(raw, &state); err != nil {
+		return "", "", err
+	}
+	args = append([]string{args[0], "--state-dir=" + filepath.Join(c.NodeDir(node), "run")}, args[1:]...)
+	cmd := exec.CommandContext(ctx, state.GantryBinary, args...)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	err = cmd.Run()
+	return out.String(), errOut.String(), err
 }
 
 // Snapshot lists what a node holds of the machine (hack/cluster snapshot).

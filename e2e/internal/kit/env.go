@@ -34,8 +34,14 @@ func New(t testing.TB) *Env {
 	if current == nil {
 		t.Fatal("kit.Main has not run: the package needs a TestMain")
 	}
+	return current.New(t)
+}
+
+// New is [New] on a cluster made by [Up].
+func (c *Cluster) New(t testing.TB) *Env {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	e := &Env{Cluster: current, t: t, Ctx: ctx}
+	e := &Env{Cluster: c, t: t, Ctx: ctx}
 	ns, err := e.Client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "e2e-"}}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatalf("create namespace: %v", err)
@@ -43,6 +49,9 @@ func New(t testing.TB) *Env {
 	e.Namespace = ns.Name
 	t.Cleanup(func() {
 		defer cancel()
+		if c.removed {
+			return
+		}
 		if t.Failed() {
 			e.Dump()
 		}

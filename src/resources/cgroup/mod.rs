@@ -226,8 +226,9 @@ impl CgroupTree {
         self.update(&self.names.root(), limits)
     }
 
-    /// Limits an existing cgroup outside the tree (`kubeReservedCgroup`, `systemReservedCgroup`), given as `path`.
-    pub fn enforce_reserved(&self, path: &str, limits: &Limits) -> Result<(), CgroupError> {
+    /// Limits an existing cgroup outside the tree (`kubeReservedCgroup`, `systemReservedCgroup`).
+    pub fn enforce_reserved(&self, cgroup: &str, limits: &Limits) -> Result<(), CgroupError> {
+        let path = &self.names.other(cgroup);
         for directory in ["cpu", "memory"].iter().filter_map(|c| self.hierarchy.directory(c, path)) {
             if let Err(source) = fs::metadata(&directory) {
                 return Err(CgroupError::io("find the reserved cgroup", &directory, source));
@@ -236,10 +237,13 @@ impl CgroupTree {
         self.update(path, limits)
     }
 
-    /// Weighs the tiers by what the Pods on the node request. To be called when Pods come, go or are resized.
-    pub fn update_tiers<'a>(&self, pods: impl IntoIterator<Item = &'a Pod> + Clone) -> Result<(), CgroupError> {
+    /// What the tiers weigh with these Pods on the node: cgroups, in the order to [`CgroupTree::update`] them. Changes
+    /// when Pods come, go or are resized.
+    #[must_use]
+    pub fn tier_limits<'a>(&self, pods: impl IntoIterator<Item = &'a Pod> + Clone) -> Vec<(String, Limits)> {
         let mut burstable =
             Limits { cpu_shares: Some(limits::burstable_tier_shares(pods.clone())), ..Limits::default() };
+        let mut result = Vec::new();
         if self.policy.cgroup_v2 && self.protects_memory() {
             let memory = |class: QosClass| -> i64 {
                 let of_class = pods.clone().into_iter().filter(|pod| qos::qos_class(pod) == class);
@@ -253,9 +257,10 @@ impl CgroupTree {
                 ("memory.min".into(), guaranteed.saturating_add(low).to_string()),
                 ("memory.low".into(), low.to_string()),
             ];
-            self.update(&self.names.root(), &Limits { unified: root.into(), ..Limits::default() })?;
+            result.push((self.names.root(), Limits { unified: root.into(), ..Limits::default() }));
         }
-        self.update(&self.names.tier(QosClass::Burstable), &burstable)
+        result.push((self.names.tier(QosClass::Burstable), burstable));
+        result
     }
 
     /// UIDs of all Pods that have a cgroup in any hierarchy, with its path, for reconciliation at start.
@@ -423,7 +428,9 @@ mod tests {
     fn tiers_and_allocatable_are_enforced() {
         let scratch = Scratch::new(Driver::Cgroupfs);
         let tree = &scratch.0;
-        tree.update_tiers([&example("5555"), &example("6666")]).unwrap();
+        for (path, limits) in tree.tier_limits([&example("5555"), &example("6666")]) {
+            tree.update(&path, &limits).unwrap();
+        }
         let tier = tree.names.tier(QosClass::Burstable);
         if tree.hierarchy.is_unified() {
             assert_eq!(scratch.read("cpu", &tier, "cpu.weight"), shares_to_weight(1024).to_string());

@@ -26,16 +26,16 @@ impl Names {
     /// Names below `cgroup_root` (`cgroupRoot` of the configuration, `/` by default).
     #[must_use]
     pub fn new(driver: Driver, cgroup_root: &str) -> Self {
-        let mut root: Vec<String> = match driver {
-            Driver::Cgroupfs => split(cgroup_root).map(str::to_owned).collect(),
-            // the last slice names all of its ancestors
-            Driver::Systemd => split(cgroup_root)
-                .next_back()
-                .map(|slice| slice.strip_suffix(".slice").unwrap_or(slice).split('-').map(unescape).collect())
-                .unwrap_or_default(),
-        };
+        let mut root = components(driver, cgroup_root);
         root.push("kubepods".to_owned());
         Self { driver, root }
+    }
+
+    /// The path of a cgroup that the administrator names (`kubeReservedCgroup`), wherever it is.
+    #[must_use]
+    pub fn other(&self, cgroup: &str) -> String {
+        let components = components(self.driver, cgroup);
+        self.render(components.iter().map(String::as_str))
     }
 
     /// The cgroup above all Pods.
@@ -83,9 +83,12 @@ impl Names {
     }
 
     fn path(&self, below: &[&str]) -> String {
-        let components: Vec<&str> = self.root.iter().map(String::as_str).chain(below.iter().copied()).collect();
+        self.render(self.root.iter().map(String::as_str).chain(below.iter().copied()))
+    }
+
+    fn render<'a>(&self, components: impl Iterator<Item = &'a str>) -> String {
         match self.driver {
-            Driver::Cgroupfs => format!("/{}", components.join("/")),
+            Driver::Cgroupfs => format!("/{}", components.collect::<Vec<_>>().join("/")),
             Driver::Systemd => {
                 let mut path = String::new();
                 let mut slice = String::new();
@@ -101,6 +104,18 @@ impl Names {
                 path
             }
         }
+    }
+}
+
+/// The names of a cgroup and those above it.
+fn components(driver: Driver, cgroup: &str) -> Vec<String> {
+    match driver {
+        Driver::Cgroupfs => split(cgroup).map(str::to_owned).collect(),
+        // the last slice names all of its ancestors
+        Driver::Systemd => split(cgroup)
+            .next_back()
+            .map(|slice| slice.strip_suffix(".slice").unwrap_or(slice).split('-').map(unescape).collect())
+            .unwrap_or_default(),
     }
 }
 
@@ -136,6 +151,7 @@ mod tests {
         assert_eq!(pod, "/kubepods/besteffort/pod0e9c-4f");
         assert_eq!(names.container(&pod, "c1"), "/kubepods/besteffort/pod0e9c-4f/c1");
         assert_eq!(Names::new(Driver::Cgroupfs, "/a/b").root(), "/a/b/kubepods");
+        assert_eq!(names.other("/system/kube"), "/system/kube");
     }
 
     #[test]
@@ -148,6 +164,8 @@ mod tests {
         assert_eq!(names.pod(QosClass::Guaranteed, UID), "/kubepods.slice/kubepods-pod0e9c_4f.slice");
         let nested = Names::new(Driver::Systemd, "/a.slice/a-b.slice");
         assert_eq!(nested.root(), "/a.slice/a-b.slice/a-b-kubepods.slice");
+        assert_eq!(names.other("/system.slice"), "/system.slice");
+        assert_eq!(names.other("kube-reserved.slice"), "/kube.slice/kube-reserved.slice");
     }
 
     proptest::proptest! {

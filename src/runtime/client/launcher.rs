@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
@@ -41,6 +42,9 @@ impl Default for ShimOptions {
 #[derive(Clone, Debug)]
 pub struct ShimLauncher {
     binary: Arc<OwnedFd>,
+    /// Soft and hard limit of open files when this was made. The agent raises its own later; containers would inherit
+    /// that, and programs that close all possible descriptors would take seconds to start.
+    open_files: (u64, u64),
 }
 
 impl ShimLauncher {
@@ -60,7 +64,8 @@ impl ShimLauncher {
                 open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?
             }
         };
-        Ok(ShimLauncher { binary: Arc::new(binary) })
+        let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;
+        Ok(ShimLauncher { binary: Arc::new(binary), open_files })
     }
 
     /// Starts the shim of a Pod and connects to it. An error if one is there already.
@@ -74,6 +79,8 @@ impl ShimLauncher {
             .arg(pod_dir)
             .arg("--oom-score-adj")
             .arg(options.oom_score_adj.to_string())
+            .arg("--open-files")
+            .arg(format!("{}:{}", self.open_files.0, self.open_files.1))
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
