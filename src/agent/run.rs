@@ -50,7 +50,7 @@ const POD_CIDRS_FILE: &str = "pod-cidrs.json";
 const NETWORK_WAIT: Duration = Duration::from_secs(10);
 
 /// Features whose meaning for other components this node has (`status.declaredFeatures`).
-const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
+const DECLARED_FEATURES: [&str; 2] = ["ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits"];
 
 /// Runs the agent; returns when it is told to stop.
 #[must_use]

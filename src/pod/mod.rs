@@ -10,6 +10,7 @@ pub mod model;
 pub mod plan;
 pub mod probe;
 pub mod probes;
+mod restart_all;
 pub mod rules;
 #[cfg(test)]
 mod simulation;
