@@ -175,7 +175,7 @@ impl Effects for NodeEffects {
     async fn perform(&self, request: Request) -> Outcome {
         let node = &self.0;
         match request.action.clone() {
-            Action::Admit => Outcome::Admitted(node.admit(&request.desired)),
+            Action::Admit => node.admit(&request).await,
             Action::MountVolumes => outcome(node.mount_volumes(&request).await, |()| Outcome::Done),
             Action::SetUpSandbox => {
                 outcome(node.set_up_sandbox(&request).await, |pod_ips| Outcome::SandboxUp { pod_ips })

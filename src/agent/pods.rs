@@ -100,7 +100,7 @@ impl Pods {
 
     /// Runs `decide` on all Pods that hold resources, but `uid`, and counts `uid` among them if it says so: no two
     /// Pods are admitted on the strength of the same free CPU.
-    pub fn admit(&self, uid: &str, decide: impl FnOnce(&[Arc<Pod>]) -> Admission) -> Admission {
+    pub fn admit<E>(&self, uid: &str, decide: impl FnOnce(&[Arc<Pod>]) -> Result<(), E>) -> Result<(), E> {
         let mut entries = self.lock();
         let others: Vec<_> = entries
             .iter()
@@ -109,9 +109,20 @@ impl Pods {
             .collect();
         let admission = decide(&others);
         if let Some(entry) = entries.get_mut(uid) {
-            entry.admitted = admission == Admission::Admitted;
+            entry.admitted = admission.is_ok();
         }
         admission
+    }
+
+    /// Waits until something holds of the Pods.
+    pub async fn until(&self, holds: impl Fn() -> bool) {
+        let mut changes = self.changes();
+        while !holds() {
+            // the sender lives as long as this
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Passes on what the runtime saw.

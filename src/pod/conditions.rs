@@ -58,7 +58,7 @@ pub(super) fn conditions(
             kind: "DisruptionTarget",
             status: true,
             reason: Some("TerminationByKubelet"),
-            message: Some(verdict.message.clone()),
+            message: Some(verdict.disruption_message.as_ref().unwrap_or(&verdict.message).clone()),
         });
     }
     let generation = desired.pod.metadata.generation;

@@ -439,4 +439,7 @@ pub struct Verdict {
     pub message: String,
     /// Report condition `DisruptionTarget` with reason `TerminationByKubelet`.
     pub disruption: bool,
+    /// Message of that condition, where it is not `message`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disruption_message: Option<String>,
 }

@@ -126,6 +126,7 @@ fn settle_termination(desired: &Desired, observed: &mut Observed, now: Timestamp
             reason: "DeadlineExceeded".to_owned(),
             message: "Pod was active on the node longer than the specified deadline".to_owned(),
             disruption: false,
+            disruption_message: None,
         };
         observed.termination = Some(Termination::by_node(desired, now, verdict));
     }
@@ -252,7 +253,10 @@ pub fn plan(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, 
 
 fn plan_end(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, now: Timestamp, plan: &mut Plan) {
     for action in running {
-        if matches!(action, Action::Start(_) | Action::MountVolumes | Action::SetUpSandbox | Action::PostStart(_)) {
+        if matches!(
+            action,
+            Action::Admit | Action::Start(_) | Action::MountVolumes | Action::SetUpSandbox | Action::PostStart(_)
+        ) {
             plan.cancel.push(action.clone());
         }
     }
