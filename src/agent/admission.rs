@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::node::Node;
 use crate::node::EventType;
+use crate::node::shutdown::{REJECTED_MESSAGE, REJECTED_REASON};
 use crate::pod::admission::preemption::{PREEMPTED_MESSAGE, PREEMPTING_MESSAGE, PREEMPTING_REASON, victims};
 use crate::pod::admission::{NodeInfo, Rejection, admit};
 use crate::pod::effects::{Outcome, Request};
@@ -34,6 +35,9 @@ impl Node {
     pub(super) async fn admit(&self, request: &Request) -> Outcome {
         let decide = async {
             loop {
+                if self.is_shutting_down() {
+                    return reject(REJECTED_REASON, REJECTED_MESSAGE);
+                }
                 let refused = match self.try_admit(&request.desired) {
                     Ok(()) => return Admission::Admitted,
                     Err(refused) => refused,

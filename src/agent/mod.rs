@@ -17,6 +17,7 @@ pub mod report;
 pub mod run;
 pub mod sandbox;
 mod serving;
+mod shutdown;
 mod sources;
 mod stats;
 mod termination;
