@@ -15,6 +15,7 @@ pub mod progress;
 pub mod records;
 pub mod report;
 pub mod run;
+mod runtime_class;
 pub mod sandbox;
 mod serving;
 mod shutdown;

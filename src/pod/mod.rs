@@ -5,6 +5,7 @@ pub mod backoff;
 mod conditions;
 pub mod effects;
 pub mod env;
+pub mod features;
 pub mod fold;
 pub mod model;
 pub mod plan;

@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::conditions::conditions;
 use super::model::{Admission, ContainerFacts, ContainerKind, ContainerSpec, Desired, Exit, Observed, Phase};
 use super::rules::{go_seconds, restarts};
+use crate::resources::qos::compute_qos_class;
 
 /// All termination messages of a Pod together, bytes (`MaxPodTerminationMessageLogLength`).
 const MAX_MESSAGES: usize = 12 * 1024;
@@ -30,6 +31,8 @@ pub fn status(desired: &Desired, observed: &Observed, base: &PodStatus, now: Tim
         phase: Some(phase.as_str().to_owned()),
         start_time: observed.start_time.map(api_time),
         observed_generation: desired.pod.metadata.generation,
+        // the API server has written it for all but static Pods
+        qos_class: base.qos_class.clone().or_else(|| Some(compute_qos_class(&desired.pod).as_str().to_owned())),
         ..base.clone()
     };
     if let Some(Admission::Rejected { reason, message }) = &observed.admission {
