@@ -185,7 +185,8 @@ impl LocalNode {
         let uid = view.desired.uid();
         if let Some(grace) = grace {
             let message = format!("removed with a grace of {grace} s");
-            let verdict = Verdict { reason: "Removed".to_owned(), message, disruption: false };
+            let verdict =
+                Verdict { reason: "Removed".to_owned(), message, disruption: false, disruption_message: None };
             self.node.pods.send(uid, Message::Terminate { verdict, grace: Some(grace) }).await;
         }
         self.send(PodChange::Removed(Origin::Local, PodKey::of(&view.desired.pod))).await

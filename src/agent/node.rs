@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -77,9 +78,16 @@ pub struct Node {
     /// What the node offers, when there is no Node object to say it.
     pub allocatable: BTreeMap<String, Quantity>,
     pub(super) shims: Mutex<HashMap<String, Shim>>,
+    pub(super) shutting_down: AtomicBool,
 }
 
 impl Node {
+    /// The machine is about to shut down: no new Pods.
+    #[must_use]
+    pub fn is_shutting_down(&self) -> bool {
+        self.shutting_down.load(Ordering::Acquire)
+    }
+
     pub(super) fn shims(&self) -> MutexGuard<'_, HashMap<String, Shim>> {
         self.shims.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -175,7 +183,7 @@ impl Effects for NodeEffects {
     async fn perform(&self, request: Request) -> Outcome {
         let node = &self.0;
         match request.action.clone() {
-            Action::Admit => Outcome::Admitted(node.admit(&request.desired)),
+            Action::Admit => node.admit(&request).await,
             Action::MountVolumes => outcome(node.mount_volumes(&request).await, |()| Outcome::Done),
             Action::SetUpSandbox => {
                 outcome(node.set_up_sandbox(&request).await, |pod_ips| Outcome::SandboxUp { pod_ips })
@@ -200,13 +208,18 @@ impl Effects for NodeEffects {
 
     // what the API server shows of a static Pod is its mirror, which `super::mirrors` keeps up to date
     async fn report(&self, desired: Arc<Desired>, base: PodStatus, status: PodStatus) -> ApiAnswer {
-        match &self.0.api {
+        let is_end = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let answer = match &self.0.api {
             Some(api) if !desired.is_static => report::report(&api.client(), &desired, &base, &status).await,
             _ => ApiAnswer::Accepted {
                 status: Box::new(status),
                 resource_version: desired.pod.metadata.resource_version.clone(),
             },
+        };
+        if is_end && !matches!(answer, ApiAnswer::Failed(_)) {
+            self.0.pods.end_reported(desired.uid());
         }
+        answer
     }
 
     async fn delete(&self, desired: Arc<Desired>) -> ApiAnswer {

@@ -47,6 +47,8 @@ struct Entry {
     origin: Origin,
     /// Its source has dropped it: it ends.
     removed: bool,
+    /// The API server has its last phase.
+    end_reported: bool,
     /// A static Pod that waits for the end of the one whose name it has.
     successor: Option<Desired>,
 }
@@ -100,7 +102,7 @@ impl Pods {
 
     /// Runs `decide` on all Pods that hold resources, but `uid`, and counts `uid` among them if it says so: no two
     /// Pods are admitted on the strength of the same free CPU.
-    pub fn admit(&self, uid: &str, decide: impl FnOnce(&[Arc<Pod>]) -> Admission) -> Admission {
+    pub fn admit<E>(&self, uid: &str, decide: impl FnOnce(&[Arc<Pod>]) -> Result<(), E>) -> Result<(), E> {
         let mut entries = self.lock();
         let others: Vec<_> = entries
             .iter()
@@ -109,9 +111,34 @@ impl Pods {
             .collect();
         let admission = decide(&others);
         if let Some(entry) = entries.get_mut(uid) {
-            entry.admitted = admission == Admission::Admitted;
+            entry.admitted = admission.is_ok();
         }
         admission
+    }
+
+    /// Waits until something holds of the Pods.
+    pub async fn until(&self, holds: impl Fn() -> bool) {
+        let mut changes = self.changes();
+        while !holds() {
+            // the sender lives as long as this
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The API server has a Pod's last phase.
+    pub fn end_reported(&self, uid: &str) {
+        if let Some(entry) = self.lock().get_mut(uid) {
+            entry.end_reported = true;
+        }
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// Whether nothing of a Pod is left to be ended, cleared away or told.
+    #[must_use]
+    pub fn is_over(&self, uid: &str) -> bool {
+        self.lock().get(uid).is_none_or(|entry| entry.view.observed.torn_down && entry.end_reported)
     }
 
     /// Passes on what the runtime saw.
@@ -196,7 +223,9 @@ impl Pods {
                 pods.spawn(&effects, successor, None);
             }
         });
-        entries.insert(uid, Entry { sender, task, view, admitted: false, origin, removed: false, successor: None });
+        let entry =
+            Entry { sender, task, view, admitted: false, origin, removed: false, end_reported: false, successor: None };
+        entries.insert(uid, entry);
         drop(entries);
         self.changed.send_modify(|n| *n += 1);
     }

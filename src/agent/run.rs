@@ -5,6 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use super::node::{Node, NodeEffects};
 use super::pods::Pods;
 use super::progress::Pulls;
 use super::records::Records;
+use super::shutdown::{Shutdown, ended_by_shutdown};
 use super::{allocatable, images, local, process, serving, sources};
 use crate::config::Config;
 use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
@@ -50,7 +52,7 @@ const POD_CIDRS_FILE: &str = "pod-cidrs.json";
 const NETWORK_WAIT: Duration = Duration::from_secs(10);
 
 /// Features whose meaning for other components this node has (`status.declaredFeatures`).
-const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
+const DECLARED_FEATURES: [&str; 2] = ["ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits"];
 
 /// Runs the agent; returns when it is told to stop.
 #[must_use]
@@ -102,10 +104,17 @@ async fn run(config: Arc<Config>) -> Result<(), String> {
         _ = interrupt.recv() => return Ok(()),
     };
     tokio::select! {
-        _ = terminate.recv() => {}
+        _ = terminate.recv() => if running.shutdown.is_meant_by_sigterm() {
+            tracing::info!("SIGTERM: the node ends, and its Pods in order; another signal lets them run on");
+            tokio::select! {
+                () = running.shutdown.run() => {}
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        },
         _ = interrupt.recv() => {}
     }
-    tracing::info!("stopping; Pods run on");
+    tracing::info!("stopping; Pods that are left run on");
     running.stop().await;
     Ok(())
 }
@@ -122,6 +131,7 @@ enum Role {
 struct Running {
     node: Arc<Node>,
     cluster: Cluster,
+    shutdown: Arc<Shutdown>,
     /// Nobody else may use the state directory meanwhile.
     _lock: fs::File,
 }
@@ -200,8 +210,12 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     tokio::spawn(refresh_volumes(node.clone()));
     tokio::spawn(allocatable::weigh_tiers(node.clone()));
     tokio::spawn(keep_images(node.clone(), cluster.facts.clone()));
+    let shutdown = Arc::new(Shutdown::new(node.clone(), cluster.health.clone()));
+    if role == Role::Agent && shutdown.is_configured() {
+        tokio::spawn(shutdown.clone().follow_logind());
+    }
     tracing::info!(node = config.node_name, "the node is running");
-    Ok(Running { node, cluster, _lock: lock })
+    Ok(Running { node, cluster, shutdown, _lock: lock })
 }
 
 async fn connect(config: &Arc<Config>) -> Result<Cluster, String> {
@@ -293,6 +307,7 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
         addresses,
         allocatable: initial.allocatable.unwrap_or_default(),
         shims: Mutex::new(HashMap::new()),
+        shutting_down: AtomicBool::new(false),
     }))
 }
 
@@ -367,6 +382,10 @@ async fn adopt(node: &Arc<Node>, effects: &Arc<NodeEffects>) -> Result<(), Strin
         let mut desired = Desired::new(Arc::new(leftover.pod));
         desired.max_restart_delay = node.max_restart_delay();
         let mut observed = leftover.observed;
+        if matches!(origin(&desired.pod), Origin::File | Origin::Url) && ended_by_shutdown(&observed) {
+            node.forget(&desired).await;
+            continue;
+        }
         node.objects.register_pod(&desired.pod);
         node.adopt(&desired, &mut observed).await;
         node.pods.spawn(effects, desired, Some(observed));

@@ -19,6 +19,7 @@ use crate::network::hostname::pod_hostname;
 use crate::network::{HostPort, NetworkError, PodNetworkRequest, Protocol, hosts};
 use crate::node::events::EventType;
 use crate::pod::effects::{Failure, Request, RuntimeEvent};
+use crate::pod::features::unsupported;
 use crate::pod::fold::Found;
 use crate::pod::model::{Desired, Instance, Observed};
 use crate::pod::plan::TEAR_DOWN_FAILED;
@@ -90,6 +91,10 @@ impl Node {
         };
         let pod = desired.pod.clone();
         let spec = pod.spec.clone().unwrap_or_default();
+        if let Some(failure) = unsupported(&pod) {
+            return Err(failure);
+        }
+        self.runtime_class(&spec).await.map_err(|error| failed("failed to get sandbox runtime", error))?;
         let host_network = spec.host_network == Some(true);
         if !host_network {
             self.network

@@ -11,11 +11,13 @@ pub mod events;
 pub(crate) mod fake;
 pub mod heartbeat;
 pub mod lease;
+pub mod logind;
 pub mod machine;
 mod rate;
 pub mod register;
 pub mod resolve;
 pub mod rotation;
+pub mod shutdown;
 pub mod status;
 
 pub use client::{ApiClient, Limits};

@@ -6,6 +6,7 @@
 
 mod affinity;
 mod fit;
+pub mod preemption;
 mod sysctl;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
 
 use super::model::{ContainerKind, Desired, Observed, Phase, Sandbox};
+use super::rules::could_restart_all;
 use super::status::api_time;
 
 struct Draft {
@@ -43,18 +44,21 @@ pub(super) fn conditions(
     };
     let mut drafts = vec![
         sandbox_ready(observed),
-        initialized(desired, observed, status, phase),
+        initialized(desired, observed, status, phase, old),
         pod_ready,
         ready,
         Draft::yes("PodScheduled"),
     ];
+    if could_restart_all(desired) {
+        drafts.push(restarting_all(observed, phase));
+    }
     let verdict = observed.termination.as_ref().and_then(|t| t.verdict.as_ref());
     if let Some(verdict) = verdict.filter(|v| v.disruption && phase.is_terminal()) {
         drafts.push(Draft {
             kind: "DisruptionTarget",
             status: true,
             reason: Some("TerminationByKubelet"),
-            message: Some(verdict.message.clone()),
+            message: Some(verdict.disruption_message.as_ref().unwrap_or(&verdict.message).clone()),
         });
     }
     let generation = desired.pod.metadata.generation;
@@ -98,12 +102,35 @@ fn go_list(names: &[&str]) -> String {
     format!("[{}]", names.join(" "))
 }
 
-fn initialized(desired: &Desired, observed: &Observed, status: &PodStatus, phase: Phase) -> Draft {
+/// Source: `GenerateAllContainersRestartingCondition`.
+fn restarting_all(observed: &Observed, phase: Phase) -> Draft {
+    const KIND: &str = "AllContainersRestarting";
+    match phase {
+        Phase::Succeeded => Draft::no(KIND, "PodCompleted", None),
+        Phase::Failed => Draft::no(KIND, "PodFailed", None),
+        _ if observed.restarting_all.is_some() => Draft {
+            kind: KIND,
+            status: true,
+            reason: Some("RestartAllContainersStarted"),
+            message: Some("container exited with restart policy rule".to_owned()),
+        },
+        _ => Draft { kind: KIND, status: false, reason: None, message: None },
+    }
+}
+
+fn initialized(
+    desired: &Desired,
+    observed: &Observed,
+    status: &PodStatus,
+    phase: Phase,
+    old: &[PodCondition],
+) -> Draft {
     const KIND: &str = "Initialized";
     if phase == Phase::Succeeded {
         return Draft { reason: Some("PodCompleted"), ..Draft::yes(KIND) };
     }
-    if observed.initialized {
+    // a Pod that was initialized once stays so, also while its init containers run again
+    if observed.initialized || old.iter().any(|c| c.type_ == KIND && c.status == "True") {
         return Draft::yes(KIND);
     }
     let list = status.init_container_statuses.as_ref();
@@ -169,4 +196,51 @@ fn readiness_gates(desired: &Desired, conditions: &[PodCondition]) -> Option<Str
         })
         .collect();
     (!closed.is_empty()).then(|| closed.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use k8s_openapi::api::core::v1::Pod;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn gates_are_asked_of_others() {
+        let spec = json!({"containers": [], "readinessGates": [{"conditionType": "a"}, {"conditionType": "b"}]});
+        let pod: Pod = serde_json::from_value(json!({ "spec": spec })).unwrap();
+        let desired = Desired::new(Arc::new(pod));
+        let condition = |kind: &str, status: &str| PodCondition {
+            type_: kind.to_owned(),
+            status: status.to_owned(),
+            ..PodCondition::default()
+        };
+        assert_eq!(
+            readiness_gates(&desired, &[condition("a", "False")]).unwrap(),
+            "the status of pod readiness gate \"a\" is not \"True\", but False, corresponding condition of pod readiness gate \"b\" does not exist."
+        );
+        assert_eq!(readiness_gates(&desired, &[condition("a", "True"), condition("b", "True")]), None);
+    }
+
+    #[test]
+    fn once_initialized_always_initialized() {
+        let spec = json!({"initContainers": [{"name": "i"}], "containers": [{"name": "c"}]});
+        let pod: Pod = serde_json::from_value(json!({"metadata": {"generation": 3}, "spec": spec})).unwrap();
+        let desired = Desired::new(Arc::new(pod));
+        let now = Timestamp::from_second(1_800_000_000).unwrap();
+        let of = |observed: &Observed, base: &PodStatus| {
+            let list = conditions(&desired, observed, &PodStatus::default(), base, Phase::Pending, now);
+            assert!(list.iter().all(|c| c.observed_generation == Some(3)));
+            list.into_iter().find(|c| c.type_ == "Initialized").unwrap()
+        };
+        let mut observed = Observed::default();
+        let before = of(&observed, &PodStatus::default());
+        assert_eq!((before.status.as_str(), before.reason.as_deref()), ("False", Some("ContainersNotInitialized")));
+        observed.initialized = true;
+        let base = PodStatus { conditions: Some(vec![of(&observed, &PodStatus::default())]), ..PodStatus::default() };
+        observed.initialized = false;
+        assert_eq!(of(&observed, &base).status, "True", "all containers are restarted, or the sandbox was lost");
+    }
 }

@@ -157,6 +157,7 @@ pub fn begin(desired: &Desired, observed: &mut Observed, action: &Action, now: T
     match action {
         Action::Start(name) => {
             let facts = observed.containers.entry(name.clone()).or_default();
+            facts.tried_image = desired.container(name).map(|spec| spec.image().to_owned());
             if let Some(failed_at) = facts.last_exit().map(|exit| exit.finished_at.unwrap_or(now)) {
                 // a start that could not happen (no image, no ConfigMap) is no restart: the delay rises once per exit
                 if facts.restart_backoff.raised_at.is_none_or(|raised| raised < failed_at) {
@@ -196,6 +197,7 @@ pub fn adopt(desired: &Desired, observed: &mut Observed, found: &[Found], alive:
     let mut found: Vec<&Found> = found.iter().collect();
     found.sort_by_key(|f| f.instance.attempt);
     for Found { name, instance } in &found {
+        let next_attempt = observed.containers.get(name).map_or(0, |facts| facts.next_attempt);
         let current = observed.containers.get_mut(name).and_then(|facts| facts.current.as_mut());
         match current {
             Some(known) if known.id == instance.id => {
@@ -207,6 +209,8 @@ pub fn adopt(desired: &Desired, observed: &mut Observed, found: &[Found], alive:
             Some(known) if known.attempt >= instance.attempt => {}
             // created and never started: the runtime removes it
             _ if instance.started_at.is_none() && instance.exit.is_none() => {}
+            // it is known, and has been put aside: the container begins anew
+            None if next_attempt > instance.attempt => {}
             _ => started(desired, observed, name, instance),
         }
     }

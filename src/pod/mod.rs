@@ -5,11 +5,13 @@ pub mod backoff;
 mod conditions;
 pub mod effects;
 pub mod env;
+pub mod features;
 pub mod fold;
 pub mod model;
 pub mod plan;
 pub mod probe;
 pub mod probes;
+mod restart_all;
 pub mod rules;
 #[cfg(test)]
 mod simulation;

@@ -201,6 +201,8 @@ pub struct Observed {
     pub containers: BTreeMap<String, ContainerFacts>,
     /// A main container has run: init containers do not run again in this sandbox.
     pub initialized: bool,
+    /// All containers are being ended to be started anew (`RestartAllContainers`, KEP-5532), since then.
+    pub restarting_all: Option<Timestamp>,
     /// Set once, when the Pod is to end.
     pub termination: Option<Termination>,
     /// Sandbox, volumes and cgroups are gone after the end.
@@ -297,6 +299,8 @@ pub struct ContainerFacts {
     pub next_attempt: u32,
     /// Why the next instance has not started.
     pub waiting: Option<Waiting>,
+    /// The image reference of the newest try to start; what went wrong with another one says nothing about this.
+    pub tried_image: Option<String>,
     /// `CrashLoopBackOff`.
     pub restart_backoff: Backoff,
     /// `ImagePullBackOff`.
@@ -442,4 +446,7 @@ pub struct Verdict {
     pub message: String,
     /// Report condition `DisruptionTarget` with reason `TerminationByKubelet`.
     pub disruption: bool,
+    /// Message of that condition, where it is not `message`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disruption_message: Option<String>,
 }

@@ -8,12 +8,14 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::backoff::Backoff;
 use super::model::{
     Admission, ContainerFacts, ContainerKind, ContainerSpec, Desired, Instance, Observed, Sandbox, Stop, Termination,
     Verdict,
 };
 use super::probes::ProbeKind;
-use super::rules::{active_deadline, finished, grace_seconds, next_try, phase_when_ended, restarts};
+use super::restart_all;
+use super::rules::{active_deadline, finished, grace_seconds, next_try, phase_when_ended, restarts, restarts_all};
 
 /// The reason of a tear-down that failed. Only its own failures make it wait: a Pod that ends does not care when its
 /// volumes would have been tried again.
@@ -77,7 +79,9 @@ pub fn settle(desired: &Desired, observed: &mut Observed, running: &BTreeSet<Act
     settle_termination(desired, observed, now);
     let ending = observed.termination.is_some() || finished(desired, observed).is_some();
     if !ending {
+        settle_images(desired, observed, running);
         settle_restarts(desired, observed, now);
+        restart_all::settle(desired, observed, running, now);
         return;
     }
     let deadline = observed
@@ -126,6 +130,7 @@ fn settle_termination(desired: &Desired, observed: &mut Observed, now: Timestamp
             reason: "DeadlineExceeded".to_owned(),
             message: "Pod was active on the node longer than the specified deadline".to_owned(),
             disruption: false,
+            disruption_message: None,
         };
         observed.termination = Some(Termination::by_node(desired, now, verdict));
     }
@@ -167,7 +172,21 @@ fn settle_restarts(desired: &Desired, observed: &mut Observed, now: Timestamp) {
     }
 }
 
-fn begin_stop(instance: &mut Instance, now: Timestamp, deadline: Timestamp, message: String) {
+/// Another image is another container to kubelet (its hash is in the back-off's key): what went wrong with the one
+/// before neither delays it nor is shown any longer.
+fn settle_images(desired: &Desired, observed: &mut Observed, running: &BTreeSet<Action>) {
+    for spec in desired.containers.iter().filter(|spec| !running.contains(&Action::Start(spec.name().to_owned()))) {
+        let Some(facts) = observed.containers.get_mut(spec.name()) else { continue };
+        if facts.tried_image.as_deref().is_some_and(|tried| tried != spec.image()) {
+            facts.tried_image = Some(spec.image().to_owned());
+            facts.waiting = None;
+            facts.pull_backoff = Backoff::default();
+            facts.restart_backoff = Backoff::default();
+        }
+    }
+}
+
+pub(super) fn begin_stop(instance: &mut Instance, now: Timestamp, deadline: Timestamp, message: String) {
     match &mut instance.stop {
         Some(stop) => stop.deadline = stop.deadline.min(deadline),
         None => {
@@ -221,7 +240,16 @@ pub fn plan(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, 
     if let Some(deadline) = active_deadline(desired, observed) {
         plan.wake(deadline);
     }
-    if plan_sandbox(observed, running, now, &mut plan) {
+    for action in running {
+        // its image is no longer wanted
+        let Action::Start(name) = action else { continue };
+        let tried = observed.containers.get(name).and_then(|facts| facts.tried_image.as_deref());
+        if desired.container(name).is_some_and(|spec| tried.is_some_and(|tried| tried != spec.image())) {
+            plan.cancel.push(action.clone());
+        }
+    }
+    let ready = plan_sandbox(observed, running, now, &mut plan);
+    if ready && observed.restarting_all.is_none() {
         plan_starts(desired, observed, running, now, &mut plan);
         plan_probes(desired, observed, running, now, &mut plan);
     }
@@ -230,7 +258,10 @@ pub fn plan(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, 
 
 fn plan_end(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, now: Timestamp, plan: &mut Plan) {
     for action in running {
-        if matches!(action, Action::Start(_) | Action::MountVolumes | Action::SetUpSandbox | Action::PostStart(_)) {
+        if matches!(
+            action,
+            Action::Admit | Action::Start(_) | Action::MountVolumes | Action::SetUpSandbox | Action::PostStart(_)
+        ) {
             plan.cancel.push(action.clone());
         }
     }
@@ -298,6 +329,13 @@ fn plan_stops(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>
 
 /// One container starts at a time, in order, and waits for the postStart hook of the one before it: meshes rely on it.
 fn plan_starts(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, now: Timestamp, plan: &mut Plan) {
+    for spec in desired.containers.iter() {
+        let Some(facts) = observed.containers.get(spec.name()) else { continue };
+        let due = next_try(desired, facts).filter(|at| *at > now);
+        if let Some(due) = due.filter(|_| facts.exit().is_some_and(|exit| restarts_all(spec, exit))) {
+            plan.wake(due);
+        }
+    }
     for (name, instance) in running_instances(observed) {
         if !instance.post_started && instance.stop.is_none() {
             plan.act(running, Action::PostStart(name.clone()));
@@ -337,6 +375,12 @@ fn candidates<'a>(desired: &'a Desired, observed: &Observed) -> Vec<&'a Containe
     for spec in desired.containers.iter() {
         let facts = facts(spec);
         match spec.kind {
+            // what restarts all containers starts with them
+            _ if facts.exit().is_some_and(|exit| restarts_all(spec, exit)) => {
+                if !observed.initialized && spec.kind != ContainerKind::Main {
+                    return list;
+                }
+            }
             ContainerKind::Sidecar => {
                 if !facts.is_running() {
                     list.push(spec);
@@ -405,6 +449,7 @@ mod tests {
     use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Probe};
 
     use super::*;
+    use crate::pod::fold;
     use crate::pod::model::{Blocked, Exit, Phase};
 
     fn at(second: i64) -> Timestamp {
@@ -601,5 +646,64 @@ mod tests {
         settle(&desired, &mut observed, &BTreeSet::new(), at(5));
         let verdict = observed.termination.unwrap().verdict.unwrap();
         assert_eq!(verdict.reason, "DeadlineExceeded");
+    }
+
+    #[test]
+    fn another_image_is_tried_at_once_whatever_became_of_the_first() {
+        use crate::pod::effects::{Failure, Outcome};
+        let with_image = |image: &str| {
+            let mut container = named("main");
+            container.image = Some(image.to_owned());
+            desired(vec![], vec![container], "Always")
+        };
+        let (wrong, right) = (with_image("wrong"), with_image("right"));
+        let start = Action::Start("main".to_owned());
+        let mut observed = ready();
+        fold::begin(&wrong, &mut observed, &start, at(0));
+        let pulls = BTreeSet::from([start.clone()]);
+        // the pull of an image that nobody wants any more is given up
+        settle(&right, &mut observed, &pulls, at(1));
+        assert_eq!(plan(&right, &observed, &pulls, at(1)).cancel, [start.clone()]);
+        fold::outcome(&wrong, &mut observed, &start, &Outcome::Failed(Failure::new("ErrImagePull", "no")), at(2));
+        assert!(starts(&wrong, &observed).is_empty(), "it waits");
+        settle(&right, &mut observed, &BTreeSet::new(), at(3));
+        assert_eq!(starts(&right, &observed), ["main"]);
+        assert_eq!(observed.containers["main"].pull_backoff, Backoff::default());
+    }
+
+    #[test]
+    fn crash_loop_back_off_ends_with_another_image() {
+        let base = desired(vec![], vec![named("main")], "Always");
+        let mut observed = Observed { initialized: true, ..ready() };
+        exited(&mut observed, "main", 1);
+        let start = Action::Start("main".to_owned());
+        fold::begin(&base, &mut observed, &start, at(1));
+        exited(&mut observed, "main", 1);
+        let facts = observed.containers.get_mut("main").unwrap();
+        facts.current.as_mut().and_then(|i| i.exit.as_mut()).unwrap().finished_at = Some(at(9));
+        assert!(starts(&base, &observed).is_empty(), "ten seconds from the end of the second run");
+        let mut container = named("main");
+        container.image = Some("fixed".to_owned());
+        let fixed = desired(vec![], vec![container], "Always");
+        settle(&fixed, &mut observed, &BTreeSet::new(), at(10));
+        assert_eq!(starts(&fixed, &observed), ["main"]);
+    }
+
+    #[test]
+    fn a_probes_own_grace_is_used() {
+        let mut container = named("main");
+        container.liveness_probe =
+            Some(Probe { failure_threshold: Some(1), termination_grace_period_seconds: Some(3), ..Probe::default() });
+        let desired = desired(vec![], vec![container], "Always");
+        let mut observed = Observed { initialized: true, ..ready() };
+        running(&mut observed, "main");
+        let action = Action::Probe("main".to_owned(), ProbeKind::Liveness);
+        let message = String::new();
+        let outcome = crate::pod::effects::Outcome::Probed { began: at(20), success: Some(false), message };
+        fold::outcome(&desired, &mut observed, &action, &outcome, at(20));
+        settle(&desired, &mut observed, &BTreeSet::new(), at(20));
+        let stop = observed.containers["main"].current.as_ref().unwrap().stop.as_ref().unwrap();
+        assert_eq!(stop.deadline, at(23));
+        assert_eq!(stop.message, "Container main failed liveness probe, will be restarted");
     }
 }

@@ -12,9 +12,15 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::conditions::conditions;
 use super::model::{Admission, ContainerFacts, ContainerKind, ContainerSpec, Desired, Exit, Observed, Phase};
 use super::rules::{go_seconds, restarts};
+use crate::resources::qos::compute_qos_class;
 
 /// All termination messages of a Pod together, bytes (`MaxPodTerminationMessageLogLength`).
 const MAX_MESSAGES: usize = 12 * 1024;
+
+/// Reason of containers that are ended because all of their Pod are restarted (KEP-5532).
+pub(super) const RESTARTING_ALL: &str = "RestartingAllContainers";
+/// What they say.
+pub(super) const RESTARTING_ALL_MESSAGE: &str = "The container is removed because RestartAllContainers in place";
 
 /// Computes the status. `base` is the newest status known, from the API or from this function: fields that others
 /// own and unchanged transition times are taken from it.
@@ -25,6 +31,8 @@ pub fn status(desired: &Desired, observed: &Observed, base: &PodStatus, now: Tim
         phase: Some(phase.as_str().to_owned()),
         start_time: observed.start_time.map(api_time),
         observed_generation: desired.pod.metadata.generation,
+        // the API server has written it for all but static Pods
+        qos_class: base.qos_class.clone().or_else(|| Some(compute_qos_class(&desired.pod).as_str().to_owned())),
         ..base.clone()
     };
     if let Some(Admission::Rejected { reason, message }) = &observed.admission {
@@ -172,8 +180,12 @@ fn states<'a>(
         let state = ContainerState { running: Some(running), ..ContainerState::default() };
         return (state, facts.previous.as_ref());
     }
-    // a container that will not be tried again keeps the state in which it ended
     let over = observed.final_phase.is_some() || observed.termination.is_some();
+    if observed.restarting_all.is_some() && !over && spec.kind != ContainerKind::Ephemeral {
+        let last = facts.exit().or(facts.previous.as_ref());
+        return (waiting(RESTARTING_ALL, Some(RESTARTING_ALL_MESSAGE.to_owned())), last);
+    }
+    // a container that will not be tried again keeps the state in which it ended
     if let Some(exit) = facts.exit() {
         let again = !over && restarts(desired, spec, exit);
         let terminated_state =

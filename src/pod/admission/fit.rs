@@ -35,6 +35,15 @@ impl fmt::Display for Insufficient {
     }
 }
 
+fn measure(amounts: &Amounts, name: &str) -> i64 {
+    if name == CPU { amounts.milli(CPU) } else { amounts.value(name) }
+}
+
+/// What a Pod has of a resource, in the unit of [`Insufficient`].
+pub(super) fn request_of(pod: &Pod, resource: &str) -> i64 {
+    if resource == PODS { 1 } else { measure(&amounts::pod_requests(pod), resource) }
+}
+
 /// What there is too little of, in the scheduler's order.
 pub(super) fn shortages(pod: &Pod, others: &[&Pod], node: &NodeInfo<'_>) -> Vec<Insufficient> {
     let mut shortages = Vec::new();
@@ -48,7 +57,6 @@ pub(super) fn shortages(pod: &Pod, others: &[&Pod], node: &NodeInfo<'_>) -> Vec<
 
     let requests = amounts::pod_requests(pod);
     let of_others: Vec<Amounts> = others.iter().map(|other| amounts::pod_requests(other)).collect();
-    let measure = |amounts: &Amounts, name: &str| if name == CPU { amounts.milli(CPU) } else { amounts.value(name) };
     let scalars = requests.iter().map(|(name, _)| name).filter(|name| is_scalar(name));
     for name in [CPU, MEMORY, EPHEMERAL_STORAGE].into_iter().chain(scalars) {
         // resources of the cluster, which no node has, are none of the node's business
