@@ -283,14 +283,10 @@ fn on_a_terminal_there_are_bars_and_colours_and_ctrl_c_ends_it_with_grace() {
     await_or("the Pod runs", &mut child, || terminal.shown().contains(&up), || terminal.shown());
     let shown = terminal.shown();
     // the bar is drawn again and again, with more and more bytes
-    let bars: Vec<_> = shown.match_indices(&format!("{}/busybox:1 ", place.registry)).map(|(at, _)| at).collect();
-    let sizes: BTreeSet<_> = bars
-        .iter()
-        .filter_map(|at| {
-            shown[*at..].split_whitespace().find(|word| word.contains('/') && word.starts_with(char::is_numeric))
-        })
-        .collect();
-    assert!(bars.len() > 3 && sizes.len() > 3 && shown.contains("0/1 layers"), "{sizes:?} {shown:?}");
+    let bars: Vec<_> = shown.match_indices(&format!("{}/busybox:1 █", place.registry)).map(|(at, _)| at).collect();
+    let drawn = |at: &usize| shown[*at..].split_once(' ').unwrap().1.trim_start_matches(['█', '░', ' ']);
+    let sizes: BTreeSet<_> = bars.iter().filter_map(|at| drawn(at).split_once('/').map(|(bytes, _)| bytes)).collect();
+    assert!(sizes.len() > 3 && shown.contains("0/1 layers"), "{sizes:?} {shown:?}");
     let address = shown.find("pod default/web has address 10.88.").unwrap_or_else(|| panic!("{shown:?}"));
     let output = shown.find(&up).unwrap();
     assert!(bars.iter().all(|bar| *bar < output) && address < output, "a bar stays: {shown:?}");

@@ -96,7 +96,9 @@ fn serve(stream: &TcpStream, documents: &Documents, pause: Option<Duration>) -> 
     }
     for chunk in bytes.chunks(CHUNK) {
         stream.write_all(chunk).ok()?;
-        pause.map(std::thread::sleep);
+        if let Some(pause) = pause {
+            std::thread::sleep(pause);
+        }
     }
     Some(())
 }
