@@ -64,8 +64,10 @@ func allStatuses(p *corev1.Pod) map[string]corev1.ContainerStatus {
 
 // One container's exit restarts all of its Pod in the sandbox that it has.
 func TestRestartAllContainers(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
-	node := e.Nodes()[0]
+	node := quietNode(e)
+	share(t, node)
 	never := corev1.ContainerRestartPolicyNever
 	e.Create(e.Pod("again", "busybox:1.37", nil, kit.On(node), kit.Never, func(p *corev1.Pod) {
 		p.Spec.InitContainers = []corev1.Container{
@@ -121,8 +123,11 @@ func TestRestartAllContainers(t *testing.T) {
 // The image of a running Pod may change, also while the one before cannot be
 // pulled: then the new one is pulled at once.
 func TestImageChange(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
-	e.Create(e.Pod("changing", "no/such-image:7", kit.Forever, kit.On(e.Nodes()[0])))
+	node := quietNode(e)
+	share(t, node)
+	e.Create(e.Pod("changing", "no/such-image:7", kit.Forever, kit.On(node)))
 	waiting(t, e, "changing", 60*time.Second, "ImagePullBackOff")
 	change := func(image string) {
 		t.Helper()
@@ -143,8 +148,10 @@ func TestImageChange(t *testing.T) {
 
 // A critical Pod gets the room of others that are not.
 func TestPreemption(t *testing.T) {
+	t.Parallel()
+	own(t, victimName) // others would be ended
 	e := kit.New(t)
-	name := e.Nodes()[0]
+	name := victimName
 	node, err := e.Client.CoreV1().Nodes().Get(e.Ctx, name, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -182,8 +189,10 @@ func TestPreemption(t *testing.T) {
 
 // What the node cannot do is said by name, and the Pod waits.
 func TestUnsupportedFields(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
-	node := e.Nodes()[0]
+	node := quietNode(e)
+	share(t, node)
 	class := &nodev1.RuntimeClass{ObjectMeta: metav1.ObjectMeta{GenerateName: "safe-"}, Handler: "kata"}
 	class, err := e.Client.NodeV1().RuntimeClasses().Create(e.Ctx, class, metav1.CreateOptions{})
 	if err != nil {
@@ -217,8 +226,11 @@ func TestUnsupportedFields(t *testing.T) {
 
 // kubectl debug --target sees the processes of the container it looks at.
 func TestDebugTarget(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
-	e.Create(e.Pod("suspect", "busybox:1.37", []string{"sh", "-c", "sleep 31415; true"}, kit.On(e.Nodes()[0])))
+	node := quietNode(e)
+	share(t, node)
+	e.Create(e.Pod("suspect", "busybox:1.37", []string{"sh", "-c", "sleep 31415; true"}, kit.On(node)))
 	e.WaitReady(60*time.Second, "suspect")
 	for _, c := range []struct{ name, target string }{{"inside", "main"}, {"beside", ""}} {
 		args := []string{"debug", "-n", e.Namespace, "suspect", "--image=" + e.Image("busybox:1.37"), "--container=" + c.name, "--profile=general"}
@@ -252,8 +264,10 @@ func TestDebugTarget(t *testing.T) {
 // A Pod of the same name and another UID starts while the first one still
 // ends; a finalizer keeps the object and brings nothing back to life.
 func TestIdentity(t *testing.T) {
+	t.Parallel()
 	e := kit.New(t)
-	node := e.Nodes()[0]
+	node := quietNode(e)
+	share(t, node)
 	stubborn := []string{"sh", "-c", "trap '' TERM; while :; do sleep 1; done"}
 	create := func(changes ...func(*corev1.Pod)) types.UID {
 		e.Create(e.Pod("same", "busybox:1.37", stubborn, append(changes, kit.On(node), kit.Grace(8))...))
@@ -290,8 +304,10 @@ func TestIdentity(t *testing.T) {
 // A Node that is deleted under its agent comes back with another UID; its Pods
 // do not notice.
 func TestNodeDeleted(t *testing.T) {
+	t.Parallel()
+	own(t, victimName)
 	e := kit.New(t)
-	const name = "node-2"
+	name := victimName
 	e.Create(e.Pod("steady", "busybox:1.37", nil, kit.On(name), countedStarts))
 	before := e.WaitReady(60*time.Second, "steady")[0]
 	nodes := e.Client.CoreV1().Nodes()
@@ -322,6 +338,8 @@ func TestNodeDeleted(t *testing.T) {
 // A Pod with init container, sidecar, probes and hooks lives through 20 kills
 // of the agent at any moment, as if there had been none.
 func TestThroughKills(t *testing.T) {
+	t.Parallel()
+	own(t, victimName)
 	e := kit.New(t)
 	seed := time.Now().UnixNano()
 	if text := os.Getenv("GANTRY_KILLS_SEED"); text != "" {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -21,9 +22,11 @@ func TestNodeShutdown(t *testing.T) {
 	if _, err := os.Stat("/run/systemd/system"); err == nil {
 		t.Skip("systemd is the init here: logind tells of a shutdown, which would be that of this machine")
 	}
+	t.Parallel()
+	own(t, victimName)
 	e := kit.New(t)
-	const index, name = "2", "node-2"
-	file := filepath.Join(filepath.Dir(e.Kubeconfig), "n"+index, "config.yaml")
+	index, name := strconv.Itoa(victim), victimName
+	file := filepath.Join(e.NodeDir(victim), "config.yaml")
 	config, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
@@ -36,8 +39,10 @@ func TestNodeShutdown(t *testing.T) {
 		e.Command(t, "kill-agent", "--node", index)
 		e.Command(t, "start-agent", "--node", index)
 	}
+	manifest := filepath.Join(e.NodeDir(victim), "manifests", e.Namespace+".yaml")
 	t.Cleanup(func() {
-		e.Command(t, "start-agent", "--node", index) // it was stopped below
+		_ = os.Remove(manifest)
+		e.Command(t, "start-agent", "--node", index) // if a step failed in between
 		restart(config)
 		e.Eventually(30*time.Second, "the node is Ready again", func() (bool, string) {
 			node, err := e.Client.CoreV1().Nodes().Get(e.Ctx, name, metav1.GetOptions{})
@@ -54,7 +59,14 @@ func TestNodeShutdown(t *testing.T) {
 	slow := []string{"sh", "-c", "trap 'sleep 3; exit 0' TERM; while :; do sleep 3600 & wait; done"}
 	e.Create(e.Pod("ordinary", "busybox:1.37", slow, kit.On(name), kit.Grace(10)),
 		e.Pod("critical", "busybox:1.37", kit.Forever, kit.On(name), critical))
-	e.WaitReady(60*time.Second, "ordinary", "critical")
+	text := fmt.Sprintf("{apiVersion: v1, kind: Pod, metadata: {name: static, namespace: %s}, spec: {terminationGracePeriodSeconds: 1, containers: [{name: main, image: %s, command: [sleep, '3600']}]}}",
+		e.Namespace, e.Image("busybox:1.37"))
+	if err := os.WriteFile(manifest, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	static := "static-" + name
+	e.WaitReady(60*time.Second, "ordinary", "critical", static)
+	ran := kit.Status(e.Get(static), "main").ContainerID
 
 	stopped := make(chan struct{})
 	go func() {
@@ -97,4 +109,14 @@ func TestNodeShutdown(t *testing.T) {
 		t.Errorf("the critical Pod ended at %s, the ordinary one at %s", finished["critical"], finished["ordinary"])
 	}
 	<-stopped
+
+	// The node comes back: what ended has ended, and static Pods begin anew.
+	e.Command(t, "start-agent", "--node", index)
+	e.WaitPod(static, 60*time.Second, "started anew", func(p *corev1.Pod) (bool, string) {
+		ready, seen := kit.Ready(p)
+		return ready && kit.Status(p, "main").ContainerID != ran, seen
+	})
+	if p := e.Get("ordinary"); p.Status.Phase != corev1.PodFailed || p.Status.Reason != "Terminated" {
+		t.Errorf("ordinary: %s", kit.Describe(p))
+	}
 }

@@ -40,6 +40,12 @@ impl Backoff {
         self.raised_at = Some(now);
     }
 
+    /// The try after a failure at `failed_at` begins without a wait of its own, and does not raise the delay.
+    pub fn waive(&mut self, failed_at: Timestamp) {
+        let begun = failed_at + SignedDuration::from_millis(1);
+        self.raised_at = Some(self.raised_at.map_or(begun, |raised| raised.max(begun)));
+    }
+
     /// Twice the longest delay without a failure resets the table.
     fn expired(&self, failed_at: Timestamp, max: i64) -> bool {
         self.raised_at.is_some_and(|raised| failed_at.duration_since(raised) > SignedDuration::from_secs(2 * max))

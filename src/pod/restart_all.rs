@@ -74,6 +74,8 @@ fn begin_anew(desired: &Desired, observed: &mut Observed) {
         facts.waiting = None;
         facts.probes = ProbeFacts::default();
         let Some(Instance { exit: Some(mut exit), stop, .. }) = facts.current.take() else { continue };
+        // who was the cause has waited for all
+        facts.restart_backoff.waive(exit.finished_at.unwrap_or(since));
         if stop.is_some() && exit.finished_at.is_some_and(|at| at >= since) {
             exit.reason = RESTARTING_ALL.to_owned();
             exit.message = RESTARTING_ALL_MESSAGE.to_owned();
@@ -233,6 +235,19 @@ mod tests {
         let waiting = shown.iter().find(|c| c.name == "source").unwrap().state.as_ref().unwrap().waiting.as_ref();
         assert_eq!(waiting.unwrap().reason.as_deref(), Some("CrashLoopBackOff"));
         assert_eq!(look(&desired, &mut observed, 22).len(), 2, "now they end");
+        for name in ["sidecar", "regular"] {
+            exit(&mut observed, name, 143, 23);
+        }
+        // the wait was for all: none of them waits once more
+        for name in ["init", "sidecar", "source", "regular"] {
+            assert_eq!(look(&desired, &mut observed, 23), [Action::Start(name.to_owned())]);
+            start(&desired, &mut observed, name, 23);
+            if name == "init" {
+                exit(&mut observed, name, 0, 23);
+            }
+        }
+        exit(&mut observed, "source", 42, 24);
+        assert_eq!(plan(&desired, &observed, &BTreeSet::new(), at(24)).wake_at, Some(at(44)), "twice as long");
     }
 
     #[test]
