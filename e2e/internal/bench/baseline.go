@@ -51,22 +51,7 @@ func (b *Bench) Figures(ctx context.Context) (figures map[string]Figure, missing
 	if err := b.warm(ctx); err != nil {
 		return nil, nil, err
 	}
-	if err := s.settle(ctx); err != nil {
-		return nil, nil, err
-	}
-	empty, err := s.holdings()
-	if err != nil {
-		return nil, nil, err
-	}
-	agents := empty.of(cluster.RoleAgent)
-	if len(agents) != 1 {
-		return nil, nil, fmt.Errorf("%d agents", len(agents))
-	}
-	agent := agents[0]
-	figures["agent/private"] = Figure{kib(agent.Private), "KiB"}
-	figures["agent/threads"] = Figure{Value: float64(agent.Threads)}
-	figures["agent/files"] = Figure{Value: float64(agent.Files)}
-	if err := b.figuresWithPods(ctx, s, count, agent, figures); err != nil {
+	if err := b.memoryFigures(ctx, s, figures); err != nil {
 		return nil, nil, err
 	}
 	calls, err := s.callsOf(ctx, func() error { return s.lives(ctx, count) })
@@ -93,13 +78,20 @@ func (b *Bench) Figures(ctx context.Context) (figures map[string]Figure, missing
 	return figures, missing, b.execFigures(ctx, s, figures)
 }
 
-// figuresWithPods measures shims, and what each Pod adds to the agent.
-func (b *Bench) figuresWithPods(ctx context.Context, s *Stack, count int, before cluster.Process, figures map[string]Figure) error {
+// quiet is how long the agent needs to let go of threads that it keeps for a
+// while: tokio's for blocking work wait ten seconds for more.
+const quiet = 12 * time.Second
+
+// memoryFigures measures shims, what each Pod adds to the agent, and the agent
+// after all those Pods.
+func (b *Bench) memoryFigures(ctx context.Context, s *Stack, figures map[string]Figure) error {
+	const count = 20
 	names := s.names("held", count)
 	if _, err := s.startAll(ctx, names, s.pod); err != nil {
 		return err
 	}
-	if err := s.settle(ctx); err != nil {
+	with, err := s.agentAfter(ctx, quiet)
+	if err != nil {
 		return err
 	}
 	h, err := s.holdings()
@@ -115,16 +107,41 @@ func (b *Bench) figuresWithPods(ctx context.Context, s *Stack, count int, before
 		for _, shim := range shims {
 			total += of(shim)
 		}
-		return float64(total) / float64(count)
+		return float64(total) / count
 	}
 	figures["shim/private"] = Figure{math.Round(each(func(p cluster.Process) int64 { return p.Private }) / 1024), "KiB"}
 	figures["shim/pss"] = Figure{math.Round(each(func(p cluster.Process) int64 { return p.PSS }) / 1024), "KiB"}
 	figures["shim/threads"] = Figure{Value: each(func(p cluster.Process) int64 { return int64(p.Threads) })}
 	figures["shim/files"] = Figure{Value: each(func(p cluster.Process) int64 { return int64(p.Files) })}
-	agent := h.of(cluster.RoleAgent)[0]
-	figures["pod/agent-files"] = Figure{Value: float64(agent.Files-before.Files) / float64(count)}
-	_, err = s.stopAll(ctx, names)
-	return err
+	if _, err := s.stopAll(ctx, names); err != nil {
+		return err
+	}
+	without, err := s.agentAfter(ctx, quiet)
+	if err != nil {
+		return err
+	}
+	figures["agent/private"] = Figure{kib(without.Private), "KiB"}
+	figures["agent/threads"] = Figure{Value: float64(without.Threads)}
+	figures["agent/files"] = Figure{Value: float64(without.Files - without.Connections)}
+	held := with.Files - with.Connections - without.Files + without.Connections
+	figures["pod/agent-files"] = Figure{Value: math.Round(10*float64(held)/count) / 10}
+	return nil
+}
+
+// agentAfter is the agent's process when it had nothing to do for a while.
+func (s *Stack) agentAfter(ctx context.Context, wait time.Duration) (cluster.Process, error) {
+	if err := pause(ctx, wait); err != nil {
+		return cluster.Process{}, err
+	}
+	h, err := s.holdings()
+	if err != nil {
+		return cluster.Process{}, err
+	}
+	agents := h.of(cluster.RoleAgent)
+	if len(agents) != 1 {
+		return cluster.Process{}, fmt.Errorf("%d agents run for the node", len(agents))
+	}
+	return agents[0], nil
 }
 
 // execFigures counts what a probe by exec and an exec by a client cost.

@@ -33,7 +33,10 @@ type Process struct {
 	Role Role
 	// Memory in bytes, from smaps_rollup. Private is what no other process shares.
 	RSS, PSS, Private int64
-	Threads, Files    int
+	Threads           int
+	// Files are open descriptors; Connections are those that are TCP sockets,
+	// which come and go with the traffic of the last minutes.
+	Files, Connections int
 }
 
 // CPU is the time that everything in a node's cgroup has used: its programs,
@@ -117,8 +120,35 @@ func measure(pid int) (Process, error) {
 	threads, _ := numberAfter(string(status), "Threads:")
 	p.Threads = int(threads)
 	files, err := os.ReadDir(dir + "fd")
+	if err != nil {
+		return p, err
+	}
 	p.Files = len(files)
-	return p, err
+	tcp := tcpSockets(dir)
+	for _, file := range files {
+		if target, err := os.Readlink(dir + "fd/" + file.Name()); err == nil && tcp[target] {
+			p.Connections++
+		}
+	}
+	return p, nil
+}
+
+// tcpSockets are the TCP sockets of a process's network namespace, as links to them read.
+func tcpSockets(dir string) map[string]bool {
+	sockets := map[string]bool{}
+	for _, table := range []string{"net/tcp", "net/tcp6"} {
+		raw, err := os.ReadFile(dir + table)
+		if err != nil {
+			continue // no IPv6
+		}
+		for _, line := range strings.Split(string(raw), "\n") {
+			// proc(5): the tenth field is the inode.
+			if fields := strings.Fields(line); len(fields) > 9 {
+				sockets["socket:["+fields[9]+"]"] = true
+			}
+		}
+	}
+	return sockets
 }
 
 // role tells by its command line what a process is; the agent is known by its pid.
