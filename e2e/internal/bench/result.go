@@ -194,10 +194,8 @@ func number(v float64) string {
 
 // fraction shows a small ratio as a part of one, which is how the bars are stated.
 func fraction(v float64) string {
-	switch {
-	case v > 0 && v < 0.45:
-		return "1/" + number(math.Round(10/v)/10)
-	default:
-		return strconv.FormatFloat(v, 'f', 2, 64)
+	if v > 0 && v < 0.45 {
+		return "1/" + strconv.FormatFloat(math.Round(10/v)/10, 'f', -1, 64)
 	}
+	return strconv.FormatFloat(v, 'f', 2, 64)
 }
