@@ -51,6 +51,10 @@ guest: ## the smoke scenarios on a node with pure cgroup v2 (root)
 conformance: build ## upstream's own tests on Gantry nodes: SUITE=node|node-serial|conformance, FOCUS=..., SKIP=...
 	@hack/conformance
 
+.PHONY: bench
+bench: build ## what Gantry costs beside kubelet, containerd and runc (docs/benchmarks.md)
+	@hack/bench
+
 .PHONY: down
 down: ## remove all test clusters of this directory
 	@hack/cluster down --all

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -91,19 +90,12 @@ func (t *test) onCluster(ctx context.Context, todo []conformance.Spec, journal *
 			// Also when ctx has ended.
 			defer func() {
 				err = errors.Join(err, t.hackCluster(context.WithoutCancel(ctx), "down", "--name", name))
-				if t.node == "kubelet" {
-					err = errors.Join(err, removeLogLinks(filepath.Join(t.home.Clusters, name)))
-				}
 			}()
 		}
-		if t.node == "kubelet" {
-			restore, err := preserveSysctls()
-			if err != nil {
-				return nil, err
-			}
-			defer restore()
-		}
 		up := []string{"up", "--name", name, "--nodes", fmt.Sprint(t.nodes)}
+		if t.node == "kubelet" {
+			up = []string{"up", "--name", name, "--nodes", "0", "--stock-nodes", fmt.Sprint(t.nodes)}
+		}
 		for _, arg := range t.agentArgs {
 			up = append(up, "--agent-arg="+arg)
 		}
@@ -182,49 +174,6 @@ func (t *test) again(ctx context.Context, runner conformance.Runner, todo []conf
 	}
 	conformance.MergeRetry(results, second)
 	return nil
-}
-
-// preserveSysctls returns a function that undoes what a kubelet changes for the
-// whole machine.
-func preserveSysctls() (func(), error) {
-	saved := map[string][]byte{}
-	for _, name := range []string{
-		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
-	} {
-		file := filepath.Join("/proc/sys", name)
-		value, err := os.ReadFile(file)
-		if err != nil {
-			return nil, err
-		}
-		saved[file] = value
-	}
-	return func() {
-		for file, value := range saved {
-			if err := os.WriteFile(file, value, 0); err != nil {
-				fmt.Fprintln(os.Stderr, "cannot restore a setting of the machine:", err)
-			}
-		}
-	}, nil
-}
-
-// removeLogLinks removes the links to logs below a directory that a kubelet,
-// which knows no other place for them, has left on the machine.
-func removeLogLinks(dir string) error {
-	const links = "/var/log/containers"
-	entries, err := os.ReadDir(links)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	var failures []error
-	for _, entry := range entries {
-		link := filepath.Join(links, entry.Name())
-		if target, err := os.Readlink(link); err == nil && strings.HasPrefix(target, dir+"/") {
-			failures = append(failures, os.Remove(link))
-		}
-	}
-	return errors.Join(failures...)
 }
 
 func (t *test) hackCluster(ctx context.Context, args ...string) error {

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -139,10 +140,14 @@ func (o *options) run(ctx context.Context) error {
 	if unknown := expectations.Unknown(specs); len(unknown) > 0 {
 		return fmt.Errorf("e2e/expectations.txt: %s", strings.Join(unknown, "\n"))
 	}
-	if err := o.adopt(&h, repository); err != nil {
+	if err := o.adopt(&h); err != nil {
 		return err
 	}
-	subject, err := identify(ctx, repository, o.node, h.Gantry)
+	program := h.Gantry
+	if o.node == "kubelet" {
+		program = h.StockNode
+	}
+	subject, err := identify(ctx, repository, o.node, program)
 	if err != nil {
 		return err
 	}
@@ -158,15 +163,10 @@ func (o *options) run(ctx context.Context) error {
 	return t.conclude(run)
 }
 
-const stockNode = "stock-node"
-
 // adopt finds out what the nodes are: of a running cluster, it is not what the
 // command line says.
-func (o *options) adopt(h *cluster.Home, repository string) error {
+func (o *options) adopt(h *cluster.Home) error {
 	if o.cluster == "" {
-		if o.node == "kubelet" {
-			h.Gantry = filepath.Join(repository, "hack", stockNode)
-		}
 		return nil
 	}
 	c, err := h.Open(o.cluster)
@@ -175,7 +175,7 @@ func (o *options) adopt(h *cluster.Home, repository string) error {
 	}
 	defer c.Close()
 	o.nodes, o.node, h.Gantry = len(c.Nodes), "gantry", c.GantryBinary
-	if filepath.Base(h.Gantry) == stockNode {
+	if slices.ContainsFunc(c.Nodes, func(n cluster.Node) bool { return n.Stock }) {
 		o.node = "kubelet"
 	}
 	return nil

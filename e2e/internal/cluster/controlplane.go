@@ -96,7 +96,7 @@ func (c *Cluster) etcd() component {
 }
 
 func (c *Cluster) apiServer() component {
-	return component{"kube-apiserver", []string{
+	args := []string{
 		"--etcd-servers=http://127.0.0.1:2379",
 		"--bind-address=0.0.0.0", fmt.Sprintf("--secure-port=%d", apiServerPort),
 		"--advertise-address=" + c.address(hostControlPlane).IP.String(),
@@ -117,7 +117,11 @@ func (c *Cluster) apiServer() component {
 		// The control plane has routes to Pods, but no kube-proxy.
 		"--enable-aggregator-routing=true",
 		"--allow-privileged=true", "--service-cluster-ip-range=" + serviceCIDR,
-	}}
+	}
+	if c.Audit {
+		args = append(args, "--audit-policy-file="+c.path("audit-policy.yaml"), "--audit-log-path="+c.AuditLog())
+	}
+	return component{"kube-apiserver", args}
 }
 
 func (c *Cluster) controllerManager() component {

@@ -21,6 +21,9 @@ func (c *Cluster) Down() error {
 	if err := c.killAll(); err != nil {
 		return err
 	}
+	if err := c.restoreMachine(); err != nil {
+		return err
+	}
 	if err := c.removeUplink(); err != nil {
 		return err
 	}

@@ -26,6 +26,8 @@ func HomeFromEnvironment() (Home, error) {
 		Images:   filepath.Join(repository, "build/images/layout"),
 		Gantry:   or("GANTRY_BIN", newest(repository, "target/release/gantry", "target/x86_64-unknown-linux-gnu/release/gantry")),
 		Guest:    filepath.Join(repository, "build/guest"),
+
+		StockNode: filepath.Join(repository, "hack/stock-node"),
 	}
 	for _, path := range []*string{&h.Clusters, &h.Gantry} {
 		absolute, err := filepath.Abs(*path)

@@ -112,8 +112,12 @@ func merge(base, overlay map[string]any) {
 
 func (c *Cluster) agentArgs(n Node) []string {
 	dir := c.nodeDir(n)
+	program := c.GantryBinary
+	if n.Stock {
+		program = c.Home.StockNode
+	}
 	args := []string{
-		c.GantryBinary, "agent",
+		program, "agent",
 		"--config=" + filepath.Join(dir, "config.yaml"),
 		"--kubeconfig=" + filepath.Join(dir, "kubelet/kubeconfig"),
 		"--bootstrap-kubeconfig=" + c.path("bootstrap.conf"),
@@ -141,6 +145,11 @@ func (c *Cluster) StartAgent(index int) error {
 	}
 	if c.Processes[agentProcess(n)].Alive() {
 		return nil
+	}
+	if n.Stock {
+		if err := c.preserveSettings(); err != nil {
+			return err
+		}
 	}
 	env := []string{"PATH=" + os.Getenv("PATH"), "HOME=" + c.nodeDir(n), "RUST_BACKTRACE=1"}
 	if filter := os.Getenv("RUST_LOG"); filter != "" {

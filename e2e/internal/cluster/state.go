@@ -31,6 +31,8 @@ type Home struct {
 	Images string
 	// Gantry is the node's binary.
 	Gantry string
+	// StockNode is what stock nodes run instead (hack/stock-node).
+	StockNode string
 	// Guest holds the system of guest nodes (hack/guest).
 	Guest string
 }
@@ -52,11 +54,17 @@ type State struct {
 	ClusterSigningDuration time.Duration `json:"clusterSigningDuration"`
 	AgentArgs              []string      `json:"agentArgs,omitempty"`
 	GantryBinary           string        `json:"gantryBinary,omitempty"`
+	// Audit says that the API server records what nodes ask of it (AuditLog).
+	Audit bool `json:"audit,omitempty"`
+	// Settings are those of the machine as they were before a kubelet changed them.
+	Settings map[string]string `json:"settings,omitempty"`
 }
 
-// Node is one Gantry node.
+// Node is one node.
 type Node struct {
 	Index int `json:"index"`
+	// Stock says that the node runs kubelet, containerd and runc.
+	Stock bool `json:"stock,omitempty"`
 	// Guest says that the node is a virtual machine with pure cgroup v2.
 	Guest bool `json:"guest,omitempty"`
 }

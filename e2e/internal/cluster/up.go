@@ -26,9 +26,14 @@ const (
 type Options struct {
 	Name  string
 	Nodes int
+	// StockNodes is the number of nodes that run kubelet, containerd and runc;
+	// their numbers follow those of the others.
+	StockNodes int
 	// GuestNodes is the number of nodes that are virtual machines with pure
-	// cgroup v2; their numbers follow those of the others.
+	// cgroup v2; their numbers come last.
 	GuestNodes int
+	// Audit makes the API server record what nodes ask of it.
+	Audit bool
 	// NodeMonitorGracePeriod is the controller manager's flag of that name.
 	NodeMonitorGracePeriod time.Duration
 	// ClusterSigningDuration is the controller manager's flag of that name. Nodes
@@ -46,11 +51,14 @@ type Options struct {
 	Progress io.Writer
 }
 
+// all is the number of nodes of every kind.
+func (o Options) all() int { return o.Nodes + o.StockNodes + o.GuestNodes }
+
 // Up makes a cluster and returns when its nodes are Ready. What was made stays
 // when it fails, so that it can be looked at; `down` removes it.
 func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
-	if options.Nodes < 0 || options.GuestNodes < 0 || options.Nodes+options.GuestNodes > MaxNodes {
-		return nil, fmt.Errorf("--nodes %d --guest-nodes %d: use 0 to %d together", options.Nodes, options.GuestNodes, MaxNodes)
+	if options.Nodes < 0 || options.StockNodes < 0 || options.GuestNodes < 0 || options.all() > MaxNodes {
+		return nil, fmt.Errorf("--nodes %d --stock-nodes %d --guest-nodes %d: use 0 to %d together", options.Nodes, options.StockNodes, options.GuestNodes, MaxNodes)
 	}
 	if options.Nodes+options.GuestNodes > 0 {
 		if _, err := os.Stat(h.Gantry); err != nil {
@@ -69,12 +77,17 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 	defer cancel()
 
 	c.NodeMonitorGracePeriod, c.ClusterSigningDuration = options.NodeMonitorGracePeriod, options.ClusterSigningDuration
-	c.AgentArgs, c.GantryBinary = options.AgentArgs, h.Gantry
+	c.AgentArgs, c.GantryBinary, c.Audit = options.AgentArgs, h.Gantry, options.Audit
 	if err := c.makeNetwork(); err != nil {
 		return c, err
 	}
 	if err := c.makePKI(); err != nil {
 		return c, err
+	}
+	if c.Audit {
+		if err := c.writeAuditPolicy(); err != nil {
+			return c, err
+		}
 	}
 	if err := c.startComponent(c.etcd()); err != nil {
 		return c, err
@@ -84,8 +97,9 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 	}
 	say("network %s, certificates, etcd and kube-apiserver started", c.address(0))
 	// What the nodes need is made while the API server starts.
-	for i := 1; i <= options.Nodes+options.GuestNodes; i++ {
-		n := Node{Index: i, Guest: i > options.Nodes}
+	for i := 1; i <= options.all(); i++ {
+		guest := i > options.Nodes+options.StockNodes
+		n := Node{Index: i, Stock: i > options.Nodes && !guest, Guest: guest}
 		c.Nodes = append(c.Nodes, n)
 		if err := c.save(); err != nil {
 			return c, err

@@ -1,0 +1,146 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"gantry.local/e2e/internal/images"
+)
+
+// lineLength is that of written lines, the line feed included.
+const lineLength = 100
+
+func (b *Bench) writeLog() Scenario {
+	size := 200_000_000
+	if b.Quick {
+		size /= 10
+	}
+	return Scenario{
+		Name: "log-write", What: fmt.Sprintf("a container writes %d MB in lines of %d bytes, each by a write of its own", size/1_000_000, lineLength),
+		Metrics: []Metric{
+			{Name: "log-write/time", Title: "200 MB of log lines, as the writer sees it", Unit: "s", Bar: 1. / 6},
+			{Name: "log-write/cpu", Title: "200 MB of log lines, node CPU, the writer included", Unit: "s", Bar: 1. / 8},
+		},
+		Rounds: 4, QuickRounds: 1,
+		Turn: func(ctx context.Context, s *Stack, r *Recorder) error {
+			if err := s.hasLogWriter(ctx); err != nil {
+				return err
+			}
+			name := s.name("log")
+			var took float64
+			cpu, err := s.costOf(ctx, func() (err error) {
+				took, err = s.writeLines(ctx, name, size)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			r.add("time", took)
+			r.add("cpu", seconds(cpu))
+			_, err = s.stop(ctx, name)
+			return err
+		},
+	}
+}
+
+// hasLogWriter makes sure that the image is on the node.
+func (s *Stack) hasLogWriter(ctx context.Context) error {
+	name := s.name("log")
+	if _, err := s.writeLines(ctx, name, 1); err != nil {
+		return err
+	}
+	_, err := s.stop(ctx, name)
+	return err
+}
+
+// writeLines runs a Pod that writes so many bytes and returns how many seconds the writer took.
+func (s *Stack) writeLines(ctx context.Context, name string, size int) (float64, error) {
+	pod := s.pod(name)
+	pod.Spec.RestartPolicy = corev1.RestartPolicyNever
+	main := &pod.Spec.Containers[0]
+	main.Image = s.bench.image(images.LogWriter)
+	main.Command = []string{"/logwriter", strconv.Itoa(size), strconv.Itoa(lineLength)}
+	if err := s.bench.create(ctx, pod); err != nil {
+		return 0, err
+	}
+	seen, err := s.bench.pods.until(ctx, name, "at its end", sight.hasEnded)
+	if err != nil {
+		return 0, err
+	}
+	if seen.pod.Status.Phase != corev1.PodSucceeded || len(seen.pod.Status.ContainerStatuses) == 0 || seen.pod.Status.ContainerStatuses[0].State.Terminated == nil {
+		return 0, fmt.Errorf("Pod %s: %s", name, state(seen.pod))
+	}
+	message := seen.pod.Status.ContainerStatuses[0].State.Terminated.Message
+	took, err := strconv.ParseFloat(strings.TrimSpace(message), 64)
+	if err != nil {
+		return 0, fmt.Errorf("Pod %s: termination message %q: %w", name, message, err)
+	}
+	return took, nil
+}
+
+func (b *Bench) readLog() Scenario {
+	size := 1_000_000_000
+	if b.Quick {
+		size /= 20
+	}
+	return Scenario{
+		Name: "log-read", What: fmt.Sprintf("kubectl logs of %d MB", size/1_000_000),
+		Metrics: []Metric{
+			{Name: "log-read/time", Title: "kubectl logs of 1 GB", Unit: "s"},
+			{Name: "log-read/cpu", Title: "kubectl logs of 1 GB, node CPU", Unit: "s"},
+		},
+		Rounds: 2, QuickRounds: 1,
+		Turn: func(ctx context.Context, s *Stack, r *Recorder) error {
+			name := s.name("log")
+			if _, err := s.writeLines(ctx, name, size); err != nil {
+				return err
+			}
+			for range 2 {
+				var took time.Duration
+				cpu, err := s.costOf(ctx, func() error {
+					began := time.Now()
+					defer func() { took = time.Since(began) }()
+					return b.readLogs(ctx, name, size)
+				})
+				if err != nil {
+					return err
+				}
+				r.add("time", seconds(took))
+				r.add("cpu", seconds(cpu))
+			}
+			_, err := s.stop(ctx, name)
+			return err
+		},
+	}
+}
+
+// readLogs reads a Pod's log with kubectl and counts that it is all there.
+func (b *Bench) readLogs(ctx context.Context, pod string, size int) error {
+	cmd := b.kubectl(ctx, "logs", pod)
+	count := &counter{}
+	var complaints bytes.Buffer
+	cmd.Stdout, cmd.Stderr = count, &complaints
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("kubectl logs: %w: %s", err, complaints.String())
+	}
+	if want := (size + lineLength - 1) / lineLength * lineLength; count.bytes != want {
+		return fmt.Errorf("kubectl logs gave %d of %d bytes", count.bytes, want)
+	}
+	return nil
+}
+
+type counter struct{ bytes int }
+
+var _ io.Writer = (*counter)(nil)
+
+func (c *counter) Write(p []byte) (int, error) {
+	c.bytes += len(p)
+	return len(p), nil
+}
