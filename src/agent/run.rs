@@ -196,6 +196,7 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     cluster.health.send_modify(|health| health.runtime = Ok(()));
     let changes = watch_cluster(&config, &cluster, &node, &effects, role)?;
     local::serve(&node, server, changes)?;
+    tokio::spawn(Network::clone(&node.network).follow_plugins());
     tokio::spawn(follow_pod_cidrs(node.clone(), cluster.object.subscribe(), cluster.health.clone()));
     tokio::spawn(refresh_volumes(node.clone()));
     tokio::spawn(allocatable::weigh_tiers(node.clone()));
@@ -251,6 +252,7 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
     let mut network = NetworkConfig::new(&config.paths.state_dir);
     network.bridge.clone_from(&config.bridge_name);
     network.cluster_cidrs.clone_from(&config.cluster_cidrs);
+    network.cni.clone_from(&config.cni);
     let network = Network::open(network).await.map_err(|error| format!("open the Pod network: {error}"))?;
     let (objects, tokens, services) = match &cluster.api {
         Some(api) => (ObjectCache::new(api.client()), TokenManager::new(api.client()), ServiceCache::new(api.client())),
@@ -450,16 +452,18 @@ fn watch_cluster(
     Ok(changes)
 }
 
-/// Gives the network the address ranges that the cluster assigns, and tells the node's health.
+/// Gives the network the address ranges that the cluster assigns, and tells the node's health, also when CNI plugins
+/// change it.
 async fn follow_pod_cidrs(
     node: Arc<Node>,
     mut object: watch::Receiver<Option<Arc<NodeObject>>>,
     health: watch::Sender<NodeHealth>,
 ) {
+    let mut network = node.network.changes();
     loop {
         let cidrs = pod_cidrs(&node.config, object.borrow_and_update().as_deref());
+        set_pod_cidrs(&node, &cidrs, &health).await;
         if !cidrs.is_empty() {
-            set_pod_cidrs(&node, &cidrs, &health).await;
             let text = serde_json::to_vec(&cidrs).unwrap_or_default();
             let path = node.config.paths.state_dir.join(POD_CIDRS_FILE);
             if fs::read(&path).is_ok_and(|known| known == text) {
@@ -468,8 +472,9 @@ async fn follow_pod_cidrs(
                 tracing::warn!(%error, path = %path.display(), "the next start has to wait for the API server's word");
             }
         }
-        if object.changed().await.is_err() {
-            return std::future::pending().await;
+        tokio::select! {
+            changed = object.changed() => if changed.is_err() { return std::future::pending().await },
+            _ = network.changed() => {}
         }
     }
 }
