@@ -44,7 +44,7 @@ func TestCNI(t *testing.T) {
 	const index, name = 2, "node-2"
 	node := strconv.Itoa(index)
 	e.BuildTools(t, "cni/bridge", "cni/host-local", "cni/portmap")
-	dir := filepath.Join(filepath.Dir(e.Kubeconfig), fmt.Sprintf("n%d", index), "cni")
+	dir := filepath.Join(e.NodeDir(index), "cni")
 	leases := filepath.Join(dir, "leases")
 	file := filepath.Join(dir, "net.d/10-e2e.conflist")
 	write := func(text string) {

@@ -33,7 +33,7 @@ use crate::node::{
 use crate::objects::{ObjectCache, ServiceCache, TokenManager};
 use crate::pod::admission::SysctlAllowlist;
 use crate::pod::model::Desired;
-use crate::resources::cgroup::{CgroupConfig, CgroupTree, Driver};
+use crate::resources::cgroup::{CgroupConfig, CgroupTree, Driver, enter_own_cgroup};
 use crate::resources::limits::LimitPolicy;
 use crate::runtime::client::ShimLauncher;
 use crate::runtime::spec::NodeTraits;
@@ -55,6 +55,14 @@ const DECLARED_FEATURES: [&str; 1] = ["ExtendWebSocketsToKubelet"];
 /// Runs the agent; returns when it is told to stop.
 #[must_use]
 pub fn main(config: Config) -> ExitCode {
+    // before there are threads: they inherit it
+    if config.nested
+        && let Err(error) = enter_own_cgroup()
+    {
+        tracing::error!(%error, "the container's cgroup cannot be used");
+        eprintln!("gantry: {error}");
+        return ExitCode::FAILURE;
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

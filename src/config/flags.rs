@@ -71,6 +71,8 @@ pub struct Flags {
     pub bridge_name: String,
     /// `--cluster-cidr`.
     pub cluster_cidrs: Vec<IpNet>,
+    /// `--nested`.
+    pub nested: bool,
     /// `--network-plugin` and `--cni-*`.
     pub cni: CniConfig,
     /// `--minimum-container-ttl-duration`.
@@ -210,6 +212,7 @@ impl Flags {
             image_credential_provider_config: path("image-credential-provider-config"),
             image_credential_provider_bin_dir: path("image-credential-provider-bin-dir"),
             data_dir,
+            nested: flag("nested"),
             cni,
             state_dir: path("state-dir").unwrap_or_else(|| "/run/gantry".into()),
             container_logs_dir: path("container-logs-dir").unwrap_or_else(|| "/var/log/containers".into()),

@@ -53,6 +53,8 @@ pub struct Config {
     pub bridge_name: String,
     /// Networks that are never masqueraded.
     pub cluster_cidrs: Vec<IpNet>,
+    /// The node is a container of another node.
+    pub nested: bool,
     /// CNI plugins.
     pub cni: CniConfig,
     /// Credential provider configuration file or directory.
@@ -180,6 +182,7 @@ impl Config {
             insecure_registries: flags.insecure_registries,
             bridge_name: flags.bridge_name,
             cluster_cidrs: flags.cluster_cidrs,
+            nested: flags.nested,
             cni: flags.cni,
             image_credential_provider_config: flags.image_credential_provider_config,
             image_credential_provider_bin_dir: flags.image_credential_provider_bin_dir,
@@ -219,6 +222,7 @@ impl Config {
             insecure_registries: Vec::new(),
             bridge_name: "gantry0".into(),
             cluster_cidrs: Vec::new(),
+            nested: false,
             cni: CniConfig::never(root.join("cni")),
             image_credential_provider_config: None,
             image_credential_provider_bin_dir: None,
