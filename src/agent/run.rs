@@ -35,7 +35,7 @@ use crate::node::{
 use crate::objects::{ObjectCache, ServiceCache, TokenManager};
 use crate::pod::admission::SysctlAllowlist;
 use crate::pod::model::Desired;
-use crate::resources::cgroup::{CgroupConfig, CgroupTree, Driver};
+use crate::resources::cgroup::{CgroupConfig, CgroupTree, Driver, enter_own_cgroup};
 use crate::resources::limits::LimitPolicy;
 use crate::runtime::client::ShimLauncher;
 use crate::runtime::spec::NodeTraits;
@@ -57,6 +57,14 @@ const DECLARED_FEATURES: [&str; 2] = ["ExtendWebSocketsToKubelet", "RestartAllCo
 /// Runs the agent; returns when it is told to stop.
 #[must_use]
 pub fn main(config: Config) -> ExitCode {
+    // before there are threads: they inherit it
+    if config.nested
+        && let Err(error) = enter_own_cgroup()
+    {
+        tracing::error!(%error, "the container's cgroup cannot be used");
+        eprintln!("gantry: {error}");
+        return ExitCode::FAILURE;
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -206,6 +214,7 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     cluster.health.send_modify(|health| health.runtime = Ok(()));
     let changes = watch_cluster(&config, &cluster, &node, &effects, role)?;
     local::serve(&node, server, changes)?;
+    tokio::spawn(Network::clone(&node.network).follow_plugins());
     tokio::spawn(follow_pod_cidrs(node.clone(), cluster.object.subscribe(), cluster.health.clone()));
     tokio::spawn(refresh_volumes(node.clone()));
     tokio::spawn(allocatable::weigh_tiers(node.clone()));
@@ -265,6 +274,7 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
     let mut network = NetworkConfig::new(&config.paths.state_dir);
     network.bridge.clone_from(&config.bridge_name);
     network.cluster_cidrs.clone_from(&config.cluster_cidrs);
+    network.cni.clone_from(&config.cni);
     let network = Network::open(network).await.map_err(|error| format!("open the Pod network: {error}"))?;
     let (objects, tokens, services) = match &cluster.api {
         Some(api) => (ObjectCache::new(api.client()), TokenManager::new(api.client()), ServiceCache::new(api.client())),
@@ -469,16 +479,18 @@ fn watch_cluster(
     Ok(changes)
 }
 
-/// Gives the network the address ranges that the cluster assigns, and tells the node's health.
+/// Gives the network the address ranges that the cluster assigns, and tells the node's health, also when CNI plugins
+/// change it.
 async fn follow_pod_cidrs(
     node: Arc<Node>,
     mut object: watch::Receiver<Option<Arc<NodeObject>>>,
     health: watch::Sender<NodeHealth>,
 ) {
+    let mut network = node.network.changes();
     loop {
         let cidrs = pod_cidrs(&node.config, object.borrow_and_update().as_deref());
+        set_pod_cidrs(&node, &cidrs, &health).await;
         if !cidrs.is_empty() {
-            set_pod_cidrs(&node, &cidrs, &health).await;
             let text = serde_json::to_vec(&cidrs).unwrap_or_default();
             let path = node.config.paths.state_dir.join(POD_CIDRS_FILE);
             if fs::read(&path).is_ok_and(|known| known == text) {
@@ -487,8 +499,9 @@ async fn follow_pod_cidrs(
                 tracing::warn!(%error, path = %path.display(), "the next start has to wait for the API server's word");
             }
         }
-        if object.changed().await.is_err() {
-            return std::future::pending().await;
+        tokio::select! {
+            changed = object.changed() => if changed.is_err() { return std::future::pending().await },
+            _ = network.changed() => {}
         }
     }
 }

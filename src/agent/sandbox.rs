@@ -8,21 +8,23 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tokio::sync::broadcast;
 
 use super::node::{Node, blocking};
 use super::termination;
 use crate::image::unmount_rootfs;
-use crate::network::dns::{Subject, pod_dns};
+use crate::network::dns::{ResolvConf, Subject, pod_dns};
 use crate::network::hostname::pod_hostname;
-use crate::network::{HostPort, NetworkError, PodNetworkRequest, Protocol, hosts};
+use crate::network::{Bandwidth, HostPort, NetworkError, PodNetworkRequest, Protocol, hosts};
 use crate::node::events::EventType;
 use crate::pod::effects::{Failure, Request, RuntimeEvent};
 use crate::pod::features::unsupported;
 use crate::pod::fold::Found;
 use crate::pod::model::{Desired, Instance, Observed};
 use crate::pod::plan::TEAR_DOWN_FAILED;
+use crate::resources::quantity;
 use crate::runtime::client::{ContainerRecord, Shim, ShimError, ShimEvent, ShimOptions, read_records};
 use crate::volume::{is_mount_point, remove_tree};
 
@@ -106,7 +108,9 @@ impl Node {
         // the machine's own UTS namespace has the machine's name, whatever --hostname-override says
         let machine = || rustix::system::uname().nodename().to_string_lossy().into_owned();
         let kernel_name = if host_network { machine() } else { names.kernel.clone() };
-        let network_request = network_request(desired.uid(), &pod, &spec, kernel_name.clone());
+        let resolver = self.resolver(&pod);
+        let network_request = network_request(desired.uid(), &pod, &spec, kernel_name.clone(), resolver.clone())
+            .map_err(|error| failed("set up the network", error))?;
         let dir = self.pod_dir(desired.uid());
         let (cgroups, cgroup_pod, log_dir) = (self.cgroups.clone(), pod.clone(), self.log_dir(&pod));
         let kubelet_dir = self.kubelet_dir(desired.uid());
@@ -138,9 +142,21 @@ impl Node {
                 .map_err(|error| failed("make the shared process namespace", error.to_string()))?;
         }
         let ips = if host_network { self.addresses.clone() } else { network.ips.clone() };
-        self.write_files(desired, &spec, &dir, &ips, &names.hostname, &names.domain, &kernel_name)
+        self.write_files(desired, &spec, &resolver, &ips, &names.hostname, &names.domain, &kernel_name)
             .map_err(|error| failed("write the Pod's files", error.to_string()))?;
         Ok(ips.iter().map(ToString::to_string).collect())
+    }
+
+    /// What a Pod's `/etc/resolv.conf` says; tells what is wrong with it.
+    fn resolver(&self, pod: &Pod) -> ResolvConf {
+        let (resolver, events) = pod_dns(pod, &self.dns);
+        for event in events {
+            match event.subject {
+                Subject::Pod => self.events.pod_event(pod, EventType::Warning, event.reason, event.message, None),
+                Subject::Node => self.events.node_event(EventType::Warning, event.reason, event.message),
+            }
+        }
+        resolver
     }
 
     /// `/etc/resolv.conf`, `/etc/hostname` and `/etc/hosts`.
@@ -152,21 +168,13 @@ impl Node {
         &self,
         desired: &Desired,
         spec: &PodSpec,
-        dir: &PodDir,
+        resolver: &ResolvConf,
         ips: &[IpAddr],
         hostname: &str,
         domain: &str,
         kernel_name: &str,
     ) -> io::Result<()> {
-        let (resolver, events) = pod_dns(&desired.pod, &self.dns);
-        for event in events {
-            match event.subject {
-                Subject::Pod => {
-                    self.events.pod_event(&desired.pod, EventType::Warning, event.reason, event.message, None);
-                }
-                Subject::Node => self.events.node_event(EventType::Warning, event.reason, event.message),
-            }
-        }
+        let dir = self.pod_dir(desired.uid());
         fs::write(dir.resolv_conf(), resolver.render())?;
         fs::write(dir.hostname(), format!("{kernel_name}\n"))?;
         let aliases = spec.host_aliases.as_deref().unwrap_or_default();
@@ -343,7 +351,13 @@ impl Node {
     }
 }
 
-fn network_request(uid: &str, pod: &Pod, spec: &PodSpec, hostname: String) -> PodNetworkRequest {
+fn network_request(
+    uid: &str,
+    pod: &Pod,
+    spec: &PodSpec,
+    hostname: String,
+    dns: ResolvConf,
+) -> Result<PodNetworkRequest, String> {
     let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
     let host_ports = containers
         .flat_map(|container| container.ports.iter().flatten())
@@ -361,7 +375,7 @@ fn network_request(uid: &str, pod: &Pod, spec: &PodSpec, hostname: String) -> Po
         })
         .collect();
     let sysctls = spec.security_context.iter().flat_map(|context| context.sysctls.iter().flatten());
-    PodNetworkRequest {
+    Ok(PodNetworkRequest {
         uid: uid.to_owned(),
         namespace: pod.metadata.namespace.clone().unwrap_or_default(),
         name: pod.metadata.name.clone().unwrap_or_default(),
@@ -370,7 +384,25 @@ fn network_request(uid: &str, pod: &Pod, spec: &PodSpec, hostname: String) -> Po
         host_ipc: spec.host_ipc == Some(true),
         host_ports,
         sysctls: sysctls.map(|s| (s.name.clone(), s.value.clone())).collect(),
-    }
+        bandwidth: bandwidth(pod)?,
+        dns,
+    })
+}
+
+/// The limits of a Pod's traffic; an error names the annotation (`pkg/util/bandwidth/utils.go`).
+fn bandwidth(pod: &Pod) -> Result<Bandwidth, String> {
+    /// 1 k and 1 P bit/s.
+    const RANGE: std::ops::RangeInclusive<i64> = 1_000..=1_000_000_000_000_000;
+    let rate = |direction: &str| {
+        let name = format!("kubernetes.io/{direction}-bandwidth");
+        let Some(text) = pod.metadata.annotations.as_ref().and_then(|all| all.get(&name)) else { return Ok(None) };
+        match quantity::value(&Quantity(text.clone())) {
+            Ok(rate) if RANGE.contains(&rate) => Ok(u64::try_from(rate).ok()),
+            Ok(_) => Err(format!("annotation {name}: {text:?} must be between 1k and 1P (bit/s)")),
+            Err(error) => Err(format!("annotation {name}: {error}")),
+        }
+    };
+    Ok(Bandwidth { ingress: rate("ingress")?, egress: rate("egress")? })
 }
 
 /// The Pod's shared memory: 64 MiB, as every CRI runtime gives.
@@ -394,5 +426,26 @@ fn entries(path: &Path) -> io::Result<Vec<PathBuf>> {
         Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bandwidth_is_read_from_annotations() {
+        let pod = |ingress: &str| {
+            let mut pod = Pod::default();
+            let name = "kubernetes.io/ingress-bandwidth".to_owned();
+            pod.metadata.annotations = Some([(name, ingress.to_owned())].into());
+            pod
+        };
+        assert_eq!(bandwidth(&pod("10M")).unwrap(), Bandwidth { ingress: Some(10_000_000), egress: None });
+        assert_eq!(bandwidth(&Pod::default()).unwrap(), Bandwidth::default());
+        for wrong in ["10", "2000P", "fast"] {
+            let error = bandwidth(&pod(wrong)).unwrap_err();
+            assert!(error.contains("kubernetes.io/ingress-bandwidth") && error.contains(wrong), "{error}");
+        }
     }
 }

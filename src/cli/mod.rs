@@ -5,6 +5,7 @@
 
 mod agent;
 mod client;
+mod doctor;
 mod exec;
 mod follow;
 mod images;
@@ -37,6 +38,7 @@ struct Subcommand {
 
 /// All subcommands but `agent`, which main gives its body, and `shim`, which main takes before us.
 const SUBCOMMANDS: &[Subcommand] = &[
+    Subcommand { name: doctor::NAME, command: doctor::command, run: doctor::run },
     Subcommand { name: run::NAME, command: run::command, run: run::run },
     Subcommand { name: ps::NAME, command: ps::command, run: ps::run },
     Subcommand { name: logs::NAME, command: logs::command, run: logs::run },
@@ -75,9 +77,13 @@ pub fn main(args: Vec<OsString>, run_agent: fn(Config) -> ExitCode) -> ExitCode 
     }
 }
 
-/// Flags are written in two ways only for the agent.
+/// Flags are written in two ways only for the agent, and for who is told what it is told.
 fn normalize_agent(args: Vec<OsString>) -> Vec<OsString> {
-    if args.get(1).is_some_and(|word| word == agent::NAME) { normalize(args).collect() } else { args }
+    if args.get(1).is_some_and(|word| word == agent::NAME || word == doctor::NAME) {
+        normalize(args).collect()
+    } else {
+        args
+    }
 }
 
 /// `kubelet [flags]`. `--version` prints exactly what kubeadm parses.

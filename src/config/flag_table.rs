@@ -79,6 +79,11 @@ pub(super) const FLAGS: &[Flag] = &[
     flag("insecure-registry", List, "", "Registry (host:port) to speak plain HTTP with; may be repeated"),
     flag("bridge-name", Text, "", "Bridge of the built-in Pod network [gantry0]"),
     flag("cluster-cidr", List, "", "Network of Pods and Services that is never masqueraded; may be repeated"),
+    flag("nested", Bool, "", "This node is a container of another: keep to the container's own cgroup"),
+    flag("network-plugin", Text, "", "'cni': wait for a CNI configuration; 'builtin': never use one; empty: use one if it is there"),
+    flag("cni-conf-dir", Text, "", "Directory of CNI configurations [/etc/cni/net.d]"),
+    flag("cni-bin-dir", List, "", "Directory of CNI plugins; may be repeated [/opt/cni/bin]"),
+    flag("cni-cache-dir", Text, "", "Directory of what has to be known to detach Pods from CNI networks [cni in --data-dir]"),
     // deprecated, or without a meaning here: accepted, with a warning
     flag("runtime-cgroups", Text, "", "Accepted and ignored: the runtime is the agent itself"),
     flag("minimum-container-ttl-duration", Duration, "", "DEPRECATED: least age of a dead container before it is removed"),

@@ -14,6 +14,7 @@ use serde_json::{Map as JsonMap, Value, json};
 
 use super::duration::Duration;
 use super::flag_table::{FLAGS, Flag, Kind};
+use crate::network::cni::{CniConfig, CniUse, DEADLINE};
 
 /// A flag whose value is wrong; terminal: the command line must be mended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -70,6 +71,10 @@ pub struct Flags {
     pub bridge_name: String,
     /// `--cluster-cidr`.
     pub cluster_cidrs: Vec<IpNet>,
+    /// `--nested`.
+    pub nested: bool,
+    /// `--network-plugin` and `--cni-*`.
+    pub cni: CniConfig,
     /// `--minimum-container-ttl-duration`.
     pub minimum_container_ttl: Duration,
     /// `--maximum-dead-containers-per-container`.
@@ -139,6 +144,10 @@ impl Flags {
             // what flags say comes later and wins
             self.fields.insert(0, ("failCgroupV1", false.into()));
         }
+        if !self.given.contains(&"network-plugin") {
+            // a Pod that is tried out is no part of the network of a cluster that happens to be here
+            self.cni.policy = CniUse::Never;
+        }
         self
     }
 
@@ -174,6 +183,17 @@ impl Flags {
             return Err(FlagError { flag: "cloud-provider", value: cloud, message });
         }
         let root_dir = path("root-dir").unwrap_or_else(|| "/var/lib/kubelet".into());
+        let data_dir = path("data-dir").unwrap_or_else(|| "/var/lib/gantry".into());
+        let cni = CniConfig {
+            policy: network_plugin(text("network-plugin").unwrap_or_default())?,
+            conf_dir: path("cni-conf-dir").unwrap_or_else(|| "/etc/cni/net.d".into()),
+            bin_dirs: match list("cni-bin-dir") {
+                none if none.is_empty() => vec!["/opt/cni/bin".into()],
+                some => some.into_iter().map(PathBuf::from).collect(),
+            },
+            cache_dir: path("cni-cache-dir").unwrap_or_else(|| data_dir.join("cni")),
+            deadline: DEADLINE,
+        };
         let labels = values.get("node-labels").and_then(Value::as_object).cloned().unwrap_or_default();
         let label = |(key, value): (String, Value)| (key, value.as_str().unwrap_or("").to_owned());
         Ok(Self {
@@ -191,7 +211,9 @@ impl Flags {
             exit_on_lock_contention: flag("exit-on-lock-contention"),
             image_credential_provider_config: path("image-credential-provider-config"),
             image_credential_provider_bin_dir: path("image-credential-provider-bin-dir"),
-            data_dir: path("data-dir").unwrap_or_else(|| "/var/lib/gantry".into()),
+            data_dir,
+            nested: flag("nested"),
+            cni,
             state_dir: path("state-dir").unwrap_or_else(|| "/run/gantry".into()),
             container_logs_dir: path("container-logs-dir").unwrap_or_else(|| "/var/log/containers".into()),
             insecure_registries: list("insecure-registry"),
@@ -216,6 +238,18 @@ fn cidr(value: String) -> Result<IpNet, FlagError> {
         message: format!("{error}: write a network such as 10.244.0.0/16"),
         value,
     })
+}
+
+fn network_plugin(value: String) -> Result<CniUse, FlagError> {
+    match value.as_str() {
+        "" => Ok(CniUse::IfConfigured),
+        "cni" => Ok(CniUse::Required),
+        "builtin" => Ok(CniUse::Never),
+        _ => {
+            let message = "write cni, builtin or nothing".to_owned();
+            Err(FlagError { flag: "network-plugin", value, message })
+        }
+    }
 }
 
 /// Interface names are at most 15 bytes without white space and slashes (kernel `dev_valid_name`).
@@ -432,6 +466,19 @@ mod tests {
     }
 
     #[test]
+    fn cni_directories() {
+        let flags = |args: &[&str]| flags(args).unwrap().cni;
+        let default = flags(&["--data-dir=/d"]);
+        assert_eq!(default.policy, CniUse::IfConfigured);
+        assert_eq!(default.conf_dir, PathBuf::from("/etc/cni/net.d"));
+        assert_eq!(default.bin_dirs, [PathBuf::from("/opt/cni/bin")]);
+        assert_eq!(default.cache_dir, PathBuf::from("/d/cni"));
+        let all = flags(&["--network-plugin=cni", "--cni-bin-dir=/a,/b", "--cni-bin-dir=/c", "--cni-cache-dir=/e"]);
+        assert_eq!((all.policy, all.bin_dirs.len()), (CniUse::Required, 3));
+        assert_eq!(all.cache_dir, PathBuf::from("/e"));
+    }
+
+    #[test]
     fn the_last_of_several_wins() {
         let flags = flags(&["--port=1", "--port=2", "--cluster-dns=a", "--cluster-dns=b,c"]).unwrap();
         assert_eq!(flags.fields, [("port", 2.into()), ("clusterDNS", json!(["a", "b", "c"]))]);
@@ -447,6 +494,7 @@ mod tests {
             ("--cluster-cidr=10.0.0.0/99", "cluster-cidr"),
             ("--bridge-name=much-too-long-name", "bridge-name"),
             ("--cloud-provider=aws", "cloud-provider"),
+            ("--network-plugin=kubenet", "network-plugin"),
             ("--reserved-memory=0:disk=1Gi", "reserved-memory"),
             ("--enable-server=maybe", "enable-server"),
             ("--feature-gates=A=yes", "feature-gates"),

@@ -23,6 +23,8 @@ pub use gates::{FeatureGates, GateError, Stage};
 pub use kubelet::*;
 pub use load::LoadError;
 
+use crate::network::cni::CniConfig;
+
 /// The Kubernetes version whose kubelet behaviour we implement; what the Node reports as `kubeletVersion`.
 pub const KUBERNETES_VERSION: &str = "v1.37.2";
 
@@ -51,6 +53,10 @@ pub struct Config {
     pub bridge_name: String,
     /// Networks that are never masqueraded.
     pub cluster_cidrs: Vec<IpNet>,
+    /// The node is a container of another node.
+    pub nested: bool,
+    /// CNI plugins.
+    pub cni: CniConfig,
     /// Credential provider configuration file or directory.
     pub image_credential_provider_config: Option<PathBuf>,
     /// Directory of credential provider plugins.
@@ -176,6 +182,8 @@ impl Config {
             insecure_registries: flags.insecure_registries,
             bridge_name: flags.bridge_name,
             cluster_cidrs: flags.cluster_cidrs,
+            nested: flags.nested,
+            cni: flags.cni,
             image_credential_provider_config: flags.image_credential_provider_config,
             image_credential_provider_bin_dir: flags.image_credential_provider_bin_dir,
             lock_file: flags.lock_file,
@@ -214,6 +222,8 @@ impl Config {
             insecure_registries: Vec::new(),
             bridge_name: "gantry0".into(),
             cluster_cidrs: Vec::new(),
+            nested: false,
+            cni: CniConfig::never(root.join("cni")),
             image_credential_provider_config: None,
             image_credential_provider_bin_dir: None,
             lock_file: None,

@@ -56,6 +56,17 @@ impl Host {
         self.enable_forwarding(subnets)
     }
 
+    /// Removes the bridge, if it is there.
+    pub fn remove_bridge(&mut self) -> Result<(), NetworkError> {
+        let action = || format!("remove bridge {}", self.bridge);
+        let link = self.links.find(&self.bridge).context(action)?;
+        if link.is_some_and(|link| link.kind.as_deref() == Some("bridge")) {
+            self.links.delete(&self.bridge).context(action)?;
+        }
+        self.ready = None;
+        Ok(())
+    }
+
     fn ensure_bridge(&mut self) -> Result<(u32, u32), NetworkError> {
         let name = &self.bridge;
         let action = || format!("create bridge {name}");

@@ -1,5 +1,7 @@
 //! [`Network`]: the operations on Pods' networks and on the node's.
 
+mod plugins;
+
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::net::IpAddr;
@@ -9,20 +11,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tracing::{debug, warn};
 
+use super::cni::{Cni, Conflist, Mode};
 use super::host::{CreateVethError, Host, gateway_mac};
 use super::ipam::{Pool, Subnet};
 use super::link::Links;
-use super::namespace::{self, Kind, Pins};
+use super::namespace::{self, Behind, Kind, Pins};
 use super::record::{self, Phase, PodAddress, Record};
 use super::{Context, HostPort, NetworkConfig, NetworkError, PodNetwork, PodNetworkRequest, sysctl};
 
 /// The kernel serializes most network changes; more threads would only wait.
 const MAX_THREADS: usize = 16;
-/// Far more than any operation takes, also behind a burst of others.
-const DEADLINE: Duration = Duration::from_secs(120);
+/// Far more than any operation takes, also behind a burst of others; and more than DEL, ADD and DEL of plugins.
+const DEADLINE: Duration = Duration::from_secs(200);
 
 /// Set in every new network namespace before interfaces exist in it. Pods have one router, the gateway, and do not
 /// take orders from others.
@@ -39,7 +42,7 @@ const NAMESPACE_SYSCTLS: [(&str, &str); 6] = [
 const POD_SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
-/// The node's built-in Pod network. Cheap to clone; all clones are one.
+/// The node's Pod network: the built-in one, or that of CNI plugins. Cheap to clone; all clones are one.
 #[derive(Clone)]
 pub struct Network {
     shared: Arc<Shared>,
@@ -55,22 +58,31 @@ struct Shared {
     /// One lock for each Pod with an operation under way.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     threads: Arc<Semaphore>,
+    cni: Arc<Cni>,
+    /// Operations that wait for plugins. Others do not wait behind them: a plugin's own daemon is a Pod too.
+    plugin_threads: Arc<Semaphore>,
+    /// Tells that [`Network::ready`] may answer differently.
+    changes: watch::Sender<()>,
 }
 
 #[derive(Default)]
 struct State {
     /// Of the node's present podCIDRs.
     subnets: Vec<Subnet>,
+    /// New Pods get their network from plugins: the bridge is there only for older ones.
+    plugins: bool,
     pool: Pool,
     pods: HashMap<String, Record>,
+    /// Pods that were gone at start and that plugins still have to detach.
+    attached_orphans: Vec<String>,
     /// Pods being torn down: their addresses are still taken, their host ports are not opened again.
     leaving: HashSet<String>,
 }
 
 impl State {
-    /// The present podCIDRs and former ones that Pods still have addresses of.
+    /// The present podCIDRs, unless they belong to plugins, and those that Pods still have addresses of.
     fn served_subnets(&self) -> Vec<Subnet> {
-        let mut subnets = self.subnets.clone();
+        let mut subnets = if self.plugins { Vec::new() } else { self.subnets.clone() };
         for address in self.pods.values().flat_map(|pod| &pod.addresses) {
             if let Ok(subnet) = Subnet::new(address.cidr)
                 && !subnets.contains(&subnet)
@@ -81,9 +93,9 @@ impl State {
         subnets
     }
 
-    /// The Pods that have (or are getting) rules and interfaces.
+    /// The Pods that have (or are getting) rules and interfaces of ours.
     fn staying(&self) -> HashMap<String, Record> {
-        let staying = |(uid, _): &(&String, &Record)| !self.leaving.contains(*uid);
+        let staying = |(uid, pod): &(&String, &Record)| !pod.addresses.is_empty() && !self.leaving.contains(*uid);
         self.pods.iter().filter(staying).map(|(uid, pod)| (uid.clone(), pod.clone())).collect()
     }
 }
@@ -119,17 +131,20 @@ impl Network {
     /// Does nothing when they have not changed. After a change, existing Pods keep their addresses and their gateway.
     pub async fn set_pod_cidrs(&self, cidrs: &[IpNet]) -> Result<(), NetworkError> {
         let subnets = Subnet::of_node(cidrs)?;
-        self.run("setting the podCIDRs", None, move |shared| shared.set_subnets(subnets)).await
+        self.run("setting the podCIDRs", Work::Quick, move |shared| shared.set_subnets(subnets)).await
     }
 
     /// Whether Pods can get a network; the error is the text that kubelet has in the node's Ready condition.
     pub fn ready(&self) -> Result<(), String> {
-        match lock(&self.shared.state).subnets.is_empty() {
-            false => Ok(()),
-            true => Err("container runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady \
-                message:no podCIDR assigned to the node yet"
-                .into()),
-        }
+        let why = match self.shared.cni.mode() {
+            Mode::Plugins(_) => return Ok(()),
+            Mode::BuiltIn if !lock(&self.shared.state).subnets.is_empty() => return Ok(()),
+            Mode::BuiltIn => "no podCIDR assigned to the node yet".to_owned(),
+            Mode::Waiting(why) => format!("Network plugin returns error: {why}"),
+        };
+        Err(format!(
+            "container runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady message:{why}"
+        ))
     }
 
     /// Gives a Pod its namespaces, addresses and host ports.
@@ -141,28 +156,39 @@ impl Network {
         sysctl::check(&request.sysctls, request.host_network, request.host_ipc)?;
         let request = request.clone();
         let uid = request.uid.clone();
-        self.run("setting up a Pod's network", Some(&uid), move |shared| shared.set_up(&request)).await
+        let slow = self.shared.is_slow(&uid) || (!request.host_network && self.shared.cni.mode() != Mode::BuiltIn);
+        self.run("setting up a Pod's network", Work::of_pod(&uid, slow), move |shared| shared.set_up(&request)).await
     }
 
     /// Removes a Pod's network; it may be incomplete or gone. Afterwards its addresses are free.
     pub async fn tear_down(&self, uid: &str) -> Result<(), NetworkError> {
         check_uid(uid)?;
         let gone = uid.to_owned();
-        self.run("tearing down a Pod's network", Some(uid), move |shared| shared.tear_down(&gone)).await
+        let work = Work::of_pod(uid, self.shared.is_slow(uid));
+        self.run("tearing down a Pod's network", work, move |shared| shared.tear_down(&gone)).await
     }
 
     /// Removes what belongs to no Pod of `live` (uids) and restores what live Pods miss in interfaces and rules.
     ///
     /// To be called at start, before the first [`Self::set_up`].
     pub async fn reconcile(&self, live: &HashSet<String>) -> Result<(), NetworkError> {
-        let known: Vec<String> = lock(&self.shared.state).pods.keys().cloned().collect();
-        let gone = known.iter().filter(|uid| !live.contains(*uid));
-        futures::future::try_join_all(gone.map(|uid| {
+        let gone = {
+            let mut state = lock(&self.shared.state);
+            let gone = |(uid, _): &(&String, &Record)| !live.contains(*uid);
+            let (attached, ours): (Vec<_>, Vec<_>) =
+                state.pods.iter().filter(gone).partition(|(_, record)| record.plugin_ips.is_some());
+            let uids = |pods: Vec<(&String, &Record)>| pods.into_iter().map(|(uid, _)| uid.clone()).collect::<Vec<_>>();
+            let (attached, ours) = (uids(attached), uids(ours));
+            // plugins that hang must not keep the agent from starting: it runs the Pods that mend them
+            state.attached_orphans = attached;
+            ours
+        };
+        futures::future::try_join_all(gone.iter().map(|uid| {
             debug!(uid, "removing the network of a Pod that is gone");
             self.tear_down(uid)
         }))
         .await?;
-        self.run("reconciling the network", None, Shared::reconcile).await
+        self.run("reconciling the network", Work::Quick, Shared::reconcile).await
     }
 
     /// A Pod's network if it is complete.
@@ -177,16 +203,18 @@ impl Network {
     async fn run<T: Send + 'static>(
         &self,
         what: &'static str,
-        uid: Option<&str>,
+        place: Work<'_>,
         work: impl FnOnce(&Shared) -> Result<T, NetworkError> + Send + 'static,
     ) -> Result<T, NetworkError> {
         let shared = self.shared.clone();
         let operation = async {
-            let pod = match uid {
-                Some(uid) => Some(shared.pod_lock(uid).lock_owned().await),
-                None => None,
+            let (pod, threads) = match place {
+                Work::Pod(uid) => (Some(shared.pod_lock(uid).lock_owned().await), &shared.threads),
+                Work::SlowPod(uid) => (Some(shared.pod_lock(uid).lock_owned().await), &shared.plugin_threads),
+                Work::Quick => (None, &shared.threads),
+                Work::Slow => (None, &shared.plugin_threads),
             };
-            let threads = shared.threads.clone();
+            let threads = threads.clone();
             let permit = threads.acquire_owned().await.map_err(std::io::Error::other).context(|| what.into())?;
             let body = move || {
                 // Released when the thread ends, not when the caller stops waiting.
@@ -203,6 +231,25 @@ impl Network {
     }
 }
 
+/// What an operation has to wait for.
+#[derive(Clone, Copy)]
+enum Work<'a> {
+    /// A thread.
+    Quick,
+    /// A thread of those that wait for plugins.
+    Slow,
+    /// Earlier operations on the Pod, and a thread.
+    Pod(&'a str),
+    /// Earlier operations on the Pod, and a thread of those that wait for plugins.
+    SlowPod(&'a str),
+}
+
+impl<'a> Work<'a> {
+    fn of_pod(uid: &'a str, slow: bool) -> Self {
+        if slow { Self::SlowPod(uid) } else { Self::Pod(uid) }
+    }
+}
+
 impl Shared {
     fn open(config: NetworkConfig, namespace: File) -> Result<Self, NetworkError> {
         let pods = config.state_dir.join("pods");
@@ -216,7 +263,17 @@ impl Shared {
         }
         let host = Mutex::new(Host::open(&config)?);
         let (state, locks) = (Mutex::new(state), Mutex::default());
-        Ok(Self { config, namespace, host, state, locks, threads: Arc::new(Semaphore::new(MAX_THREADS)) })
+        let (threads, plugin_threads) = (Arc::new(Semaphore::new(MAX_THREADS)), Arc::new(Semaphore::new(MAX_THREADS)));
+        let cni = Arc::new(Cni::new(config.cni.clone()));
+        cni.refresh();
+        let (changes, _) = watch::channel(());
+        lock(&state).plugins = cni.mode() != Mode::BuiltIn;
+        Ok(Self { config, namespace, host, state, locks, threads, cni, plugin_threads, changes })
+    }
+
+    /// Whether plugins have something to do with a Pod.
+    fn is_slow(&self, uid: &str) -> bool {
+        lock(&self.state).pods.get(uid).is_some_and(|record| record.plugin_ips.is_some()) || self.cni.knows(uid)
     }
 
     fn pods_dir(&self) -> PathBuf {
@@ -238,12 +295,7 @@ impl Shared {
         let pins = Pins::of_pod(&self.pod_dir(&record.uid));
         let kinds = record.kinds();
         let path = |kind| kinds.contains(&kind).then(|| pins.path(kind));
-        PodNetwork {
-            ips: record.addresses.iter().map(|entry| entry.address).collect(),
-            net_ns: path(Kind::Net),
-            ipc_ns: path(Kind::Ipc),
-            uts_ns: path(Kind::Uts),
-        }
+        PodNetwork { ips: record.ips(), net_ns: path(Kind::Net), ipc_ns: path(Kind::Ipc), uts_ns: path(Kind::Uts) }
     }
 
     fn set_subnets(&self, subnets: Vec<Subnet>) -> Result<(), NetworkError> {
@@ -261,11 +313,15 @@ impl Shared {
     }
 
     fn synchronize(&self, host: &mut Host) -> Result<(), NetworkError> {
-        let (subnets, pods) = {
+        let (subnets, pods, plugins) = {
             let state = lock(&self.state);
-            (state.served_subnets(), state.staying())
+            (state.served_subnets(), state.staying(), state.plugins)
         };
         host.synchronize(&subnets, &pods)?;
+        if subnets.is_empty() && plugins {
+            // its gateway address would be in the way of theirs
+            return host.remove_bridge();
+        }
         host.reconcile_veths(&pods)
     }
 
@@ -278,16 +334,32 @@ impl Shared {
     }
 
     fn set_up(&self, request: &PodNetworkRequest) -> Result<PodNetwork, NetworkError> {
-        let known = lock(&self.state).pods.get(&request.uid).cloned();
+        let known = {
+            let mut state = lock(&self.state);
+            // it is back: a static Pod keeps its uid
+            state.attached_orphans.retain(|uid| *uid != request.uid);
+            state.pods.get(&request.uid).cloned()
+        };
         if let Some(record) = &known {
             if record.phase == Phase::Ready && self.is_complete(record)? {
                 return Ok(self.answer(record));
             }
             debug!(uid = request.uid, "replacing an incomplete Pod network");
             self.dismantle(record)?;
+        } else if self.cni.knows(&request.uid) {
+            // attached before a reboot
+            self.cni.detach(&request.uid, false)?;
         }
-        let mut record = self.reserve(request, known)?;
-        self.build(&record, request)?;
+        let network = match self.cni.mode() {
+            _ if request.host_network => None,
+            Mode::BuiltIn => None,
+            Mode::Plugins(network) => Some(network),
+            Mode::Waiting(why) => return Err(NetworkError::NotReady(why)),
+        };
+        let mut record = self.reserve(request, known, network.is_some())?;
+        if let Some(ips) = self.build(&record, request, network.as_deref())? {
+            record.plugin_ips = Some(ips);
+        }
         record.phase = Phase::Ready;
         self.store(&record)?;
         Ok(self.answer(&record))
@@ -296,25 +368,35 @@ impl Shared {
     fn is_complete(&self, record: &Record) -> Result<bool, NetworkError> {
         let pins = Pins::of_pod(&self.pod_dir(&record.uid));
         let pinned = record.kinds().into_iter().all(|kind| pins.is_pinned(kind));
+        if record.plugin_ips.is_some() {
+            let checked = if pinned { self.cni.check(&record.uid) } else { Ok(()) };
+            return Ok(pinned && checked.inspect_err(|error| warn!(uid = record.uid, %error, "replacing it")).is_ok());
+        }
         Ok(pinned && (record.addresses.is_empty() || lock(&self.host).has_veth(&record.uid)?))
     }
 
     /// Takes addresses and host ports and records them. An address once recorded is the Pod's until it is torn down.
-    fn reserve(&self, request: &PodNetworkRequest, known: Option<Record>) -> Result<Record, NetworkError> {
+    fn reserve(
+        &self,
+        request: &PodNetworkRequest,
+        known: Option<Record>,
+        plugins: bool,
+    ) -> Result<Record, NetworkError> {
         let mut state = lock(&self.state);
         let mut host_ports = Vec::new();
         if !request.host_network {
             check_host_ports(request, &state)?;
             host_ports.clone_from(&request.host_ports);
         }
+        let ours = !request.host_network && !plugins;
         let addresses = match known {
-            Some(known) if known.host_network == request.host_network => known.addresses,
-            Some(known) if request.host_network => {
+            Some(known) if ours && !known.addresses.is_empty() => known.addresses,
+            Some(known) if !ours => {
                 known.addresses.iter().for_each(|entry| state.pool.release(entry.address));
                 Vec::new()
             }
-            None if request.host_network => Vec::new(),
-            _ => allocate(&mut state)?,
+            _ if ours => allocate(&mut state)?,
+            _ => Vec::new(),
         };
         let record = Record {
             uid: request.uid.clone(),
@@ -326,6 +408,7 @@ impl Shared {
             host_ipc: request.host_ipc,
             addresses,
             host_ports,
+            plugin_ips: plugins.then(Vec::new),
         };
         let newly_taken = !state.pods.contains_key(&record.uid);
         if let Err(error) = record.write(&self.pod_dir(&record.uid)) {
@@ -345,8 +428,17 @@ impl Shared {
         Ok(())
     }
 
-    /// Makes namespaces and interfaces and opens host ports; takes the calling thread into the namespaces.
-    fn build(&self, record: &Record, request: &PodNetworkRequest) -> Result<(), NetworkError> {
+    /// Makes namespaces and interfaces and opens host ports; takes the calling thread into the namespaces. The answer is
+    /// the addresses that plugins gave, if `network` is theirs.
+    fn build(
+        &self,
+        record: &Record,
+        request: &PodNetworkRequest,
+        network: Option<&Conflist>,
+    ) -> Result<Option<Vec<IpAddr>>, NetworkError> {
+        // plugins run in the node's namespaces; its UTS namespace too, as some look for their Node by the host's name
+        let behind = network.map(|_| Behind::new("pod-cni")).transpose().context(|| "start a thread".into())?;
+        let mut plugin_ips = None;
         let pins = Pins::of_pod(&self.pod_dir(&record.uid));
         let kinds = record.kinds();
         if !kinds.is_empty() {
@@ -354,7 +446,15 @@ impl Shared {
             pins.create(&kinds, &record.hostname).context(action)?;
         }
         if !record.host_network {
-            self.connect(record)?;
+            if let (Some(behind), Some(network)) = (behind, network) {
+                let pod = || format!("configure the network of Pod {}/{}", record.namespace, record.name);
+                Links::open().and_then(|mut links| links.configure_pod(&[], [0; 6])).context(pod)?;
+                let attachment = self.attachment(request, network, pins.path(Kind::Net));
+                let cni = self.cni.clone();
+                plugin_ips = Some(behind.run(move || cni.attach_or_detach(attachment)).context(pod)??);
+            } else {
+                self.connect(record)?;
+            }
             for (name, value) in POD_SYSCTLS {
                 // Refused in a user namespace without these groups; Pods then have the kernel's own default.
                 if let Err(error) = sysctl::write(name, value) {
@@ -365,15 +465,16 @@ impl Shared {
         for (name, value) in &request.sysctls {
             sysctl::write(name, value)?;
         }
-        if record.host_ports.is_empty() {
-            return Ok(());
+        if record.host_ports.is_empty() || plugin_ips.is_some() {
+            return Ok(plugin_ips);
         }
         let mut host = lock(&self.host);
         if !host.open_host_ports(record)? {
             self.replace_rules(&mut host)?;
         }
         namespace::enter(&self.namespace).context(|| "return to the agent's network namespace".into())?;
-        host.forget_udp_flows(record)
+        host.forget_udp_flows(record)?;
+        Ok(None)
     }
 
     /// From inside a new network namespace: interfaces, addresses, routes.
@@ -435,7 +536,10 @@ impl Shared {
 
     /// Removes everything of a Pod but its record.
     fn dismantle(&self, record: &Record) -> Result<(), NetworkError> {
-        {
+        let pins = Pins::of_pod(&self.pod_dir(&record.uid));
+        if record.plugin_ips.is_some() {
+            self.cni.detach(&record.uid, pins.is_pinned(Kind::Net))?;
+        } else {
             let mut host = lock(&self.host);
             if !record.host_ports.is_empty() {
                 if !host.close_host_ports(record)? {
@@ -447,7 +551,6 @@ impl Shared {
                 host.delete_veth(record)?;
             }
         }
-        let pins = Pins::of_pod(&self.pod_dir(&record.uid));
         pins.unpin().context(|| format!("release the namespaces of Pod {}/{}", record.namespace, record.name))
     }
 

@@ -1,6 +1,8 @@
 //! Pod networking: namespaces, the built-in bridge network with its addresses, NAT and host ports, and the files
 //! (`resolv.conf`, `hosts`, hostname) that belong to it.
 //!
+//! [`cni`] makes networks with plugins, if the node is configured for them.
+//!
 //! # The built-in network
 //!
 //! Every Pod has a pair of virtual interfaces: `eth0` in its own namespace and a port of the node's bridge. The bridge
@@ -22,6 +24,7 @@
 //! Operations on one Pod exclude each other, run to their end on a thread of their own even when their future is
 //! dropped, and may be repeated at any time, also after the agent was killed in the middle of one.
 
+pub mod cni;
 mod conntrack;
 pub mod dns;
 mod host;
@@ -46,6 +49,9 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use cni::{CniConfig, CniError};
+use dns::ResolvConf;
+
 pub use ipam::CidrError;
 pub use manager::Network;
 pub use namespace::{dial_in_namespace, in_namespace};
@@ -65,12 +71,16 @@ pub struct NetworkConfig {
     /// Networks that see Pods under their own addresses: traffic from Pods to them is never masqueraded. With several
     /// nodes, the cluster's Pod network (`--cluster-cidr`); the node's own podCIDRs need not be listed.
     pub cluster_cidrs: Vec<IpNet>,
+    /// CNI plugins, which the node may use instead.
+    pub cni: CniConfig,
 }
 
 impl NetworkConfig {
-    /// The defaults.
+    /// The defaults; no plugins.
     pub fn new(state_dir: impl Into<PathBuf>) -> Self {
-        Self { state_dir: state_dir.into(), bridge: "gantry0".into(), mtu: None, cluster_cidrs: Vec::new() }
+        let state_dir = state_dir.into();
+        let cni = CniConfig::never(state_dir.join("cni"));
+        Self { state_dir, bridge: "gantry0".into(), mtu: None, cluster_cidrs: Vec::new(), cni }
     }
 }
 
@@ -131,6 +141,14 @@ impl std::fmt::Display for HostPort {
     }
 }
 
+/// Whether the kernel takes nftables rules in the calling thread's network namespace; changes nothing.
+pub fn probe_nftables() -> Result<(), NetlinkError> {
+    // a table that comes and goes in one transaction: nobody sees it
+    let mut transaction = nft::Transaction::new("gantry-probe");
+    transaction.remove_table();
+    nft::Nftables::open()?.commit(transaction)
+}
+
 /// What a Pod needs of the network.
 #[derive(Debug, Clone)]
 pub struct PodNetworkRequest {
@@ -150,12 +168,25 @@ pub struct PodNetworkRequest {
     pub host_ports: Vec<HostPort>,
     /// `spec.securityContext.sysctls`; they override the defaults.
     pub sysctls: Vec<(String, String)>,
+    /// Limits of its traffic; CNI plugins only.
+    pub bandwidth: Bandwidth,
+    /// Its `resolv.conf`; CNI plugins only.
+    pub dns: ResolvConf,
+}
+
+/// Limits of a Pod's traffic in bits a second (annotations `kubernetes.io/ingress-bandwidth` and `egress-bandwidth`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Bandwidth {
+    /// To the Pod.
+    pub ingress: Option<u64>,
+    /// From the Pod.
+    pub egress: Option<u64>,
 }
 
 /// A Pod's network, ready for its containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodNetwork {
-    /// The Pod's addresses in the order of the node's podCIDRs; empty with `hostNetwork` (the node's are the Pod's).
+    /// The Pod's addresses in the order of the node's podCIDRs, or as plugins gave them; empty with `hostNetwork` (the node's are the Pod's).
     pub ips: Vec<IpAddr>,
     /// Its network namespace; none with `hostNetwork`.
     pub net_ns: Option<PathBuf>,
@@ -169,7 +200,7 @@ pub struct PodNetwork {
 ///
 /// Terminal until the Pod or the configuration changes: `InvalidBridge`, `InvalidUid`, `Cidr`, `Sysctl` (except a write
 /// error) and `NotABridge`. Worth a retry: all others; `HostPortInUse` and `Exhausted` end when other Pods go,
-/// `NotReady` when the node has a podCIDR.
+/// `NotReady` when the node has a podCIDR or a CNI configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// The configured name cannot be that of an interface.
@@ -181,7 +212,7 @@ pub enum NetworkError {
     /// The node's podCIDRs cannot be used.
     #[error(transparent)]
     Cidr(#[from] CidrError),
-    /// The node has no podCIDR yet.
+    /// The node has no podCIDR or no CNI configuration yet.
     #[error("{0}")]
     NotReady(String),
     /// All addresses are in use.
@@ -219,6 +250,9 @@ pub enum NetworkError {
         /// Why it failed.
         source: NetlinkError,
     },
+    /// A CNI plugin or its configuration failed.
+    #[error(transparent)]
+    Cni(#[from] CniError),
     /// A file, mount or namespace operation failed.
     #[error("{action}: {source}")]
     Io {

@@ -133,6 +133,30 @@ pub async fn on_fresh_thread<T: Send + 'static>(
     receiver.await.map_err(|_| io::Error::other("the worker thread panicked"))
 }
 
+/// A thread that stays in the namespaces in which it was made, for work to be done there when the thread that made it
+/// has moved on.
+pub struct Behind<T> {
+    work: std::sync::mpsc::Sender<Box<dyn FnOnce() -> T + Send>>,
+    thread: std::thread::JoinHandle<Option<T>>,
+}
+
+impl<T: Send + 'static> Behind<T> {
+    /// Starts the thread.
+    pub fn new(name: &str) -> io::Result<Self> {
+        let (work, inbox) = std::sync::mpsc::channel::<Box<dyn FnOnce() -> T + Send>>();
+        let body = move || inbox.recv().ok().map(|work| work());
+        let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(body)?;
+        Ok(Self { work, thread })
+    }
+
+    /// Does the work there, and ends the thread.
+    pub fn run(self, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+        let panicked = || io::Error::other("the worker thread panicked");
+        self.work.send(Box::new(work)).map_err(|_| panicked())?;
+        self.thread.join().ok().flatten().ok_or_else(panicked)
+    }
+}
+
 /// Moves the calling thread into the network namespace behind a file; only for threads that end soon.
 pub fn enter(net_ns: impl AsFd) -> io::Result<()> {
     Ok(nix::sched::setns(net_ns, CloneFlags::CLONE_NEWNET)?)

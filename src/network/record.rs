@@ -55,9 +55,18 @@ pub struct Record {
     pub host_ipc: bool,
     pub addresses: Vec<PodAddress>,
     pub host_ports: Vec<HostPort>,
+    /// The network is that of CNI plugins, and these are its addresses (once it is ready). `addresses` is empty then.
+    #[serde(rename = "pluginIPs", default, skip_serializing_if = "Option::is_none")]
+    pub plugin_ips: Option<Vec<IpAddr>>,
 }
 
 impl Record {
+    /// The Pod's addresses, whoever gave them.
+    pub fn ips(&self) -> Vec<IpAddr> {
+        let own = || self.addresses.iter().map(|entry| entry.address).collect();
+        self.plugin_ips.clone().unwrap_or_else(own)
+    }
+
     /// The namespaces of its own that the Pod has.
     pub fn kinds(&self) -> Vec<Kind> {
         let own = |kind: &Kind| match kind {
@@ -163,6 +172,7 @@ mod tests {
             host_ipc: false,
             addresses: vec![PodAddress { address: "10.0.0.7".parse().unwrap(), cidr: "10.0.0.0/24".parse().unwrap() }],
             host_ports: Vec::new(),
+            plugin_ips: None,
         }
     }
 

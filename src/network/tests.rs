@@ -105,6 +105,8 @@ fn request(uid: &str) -> PodNetworkRequest {
         host_ipc: false,
         host_ports: Vec::new(),
         sysctls: Vec::new(),
+        bandwidth: Bandwidth::default(),
+        dns: ResolvConf::default(),
     }
 }
 

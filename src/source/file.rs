@@ -6,19 +6,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
 use super::manifest::{MAX_MANIFEST, parse_manifest};
 use super::{Origin, PodChange, PodKey, SEEN};
+use crate::sys::watch::Watch;
 
 /// Writers finish within this time, mostly.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -51,49 +48,6 @@ pub async fn watch_files(path: PathBuf, node_name: String, frequency: Duration, 
             () = changes.closed() => return,
             () = Watch::changed(watch.as_ref()) => tokio::time::sleep(SETTLE).await,
             () = tokio::time::sleep(frequency) => {}
-        }
-    }
-}
-
-/// An inotify instance on the path, or on its nearest ancestor that exists.
-struct Watch(AsyncFd<OwnedFd>);
-
-impl Watch {
-    fn start(path: &Path) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-        let content = AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_CLOSE_WRITE
-            | AddWatchFlags::IN_MOVE
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_DELETE_SELF
-            | AddWatchFlags::IN_MOVE_SELF
-            | AddWatchFlags::IN_ATTRIB;
-        let existing = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
-        inotify.add_watch(existing, content)?;
-        // a file is often replaced by a rename, which only its directory sees
-        if existing == path
-            && path.is_file()
-            && let Some(parent) = path.parent()
-        {
-            inotify.add_watch(parent, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE)?;
-        }
-        let fd = inotify.as_fd().try_clone_to_owned()?;
-        #[allow(
-            deprecated,
-            reason = "an OwnedFd keeps its descriptor as long as it lives: what the unsafe form asks for"
-        )]
-        Ok(Self(AsyncFd::with_interest(fd, Interest::READABLE)?))
-    }
-
-    /// Waits for a change; for ever without inotify.
-    async fn changed(watch: Option<&Self>) {
-        match watch {
-            Some(Self(fd)) => {
-                if let Err(error) = fd.readable().await {
-                    tracing::warn!(%error, "inotify failed");
-                }
-            }
-            None => std::future::pending().await,
         }
     }
 }

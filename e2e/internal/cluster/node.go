@@ -40,7 +40,7 @@ func (c *Cluster) makeNode(n Node, overlay map[string]any) error {
 // makeNodeFiles makes a node's directories, configuration and cgroups.
 func (c *Cluster) makeNodeFiles(n Node, overlay map[string]any) error {
 	dir := c.nodeDir(n)
-	for _, sub := range []string{"kubelet/pki", "data", "run", "log/pods", "log/containers", "manifests"} {
+	for _, sub := range []string{"kubelet/pki", "data", "run", "log/pods", "log/containers", "manifests", "cni/net.d"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return err
 		}
@@ -129,6 +129,9 @@ func (c *Cluster) agentArgs(n Node) []string {
 		"--state-dir=" + filepath.Join(dir, "run"),
 		"--container-logs-dir=" + filepath.Join(dir, "log/containers"),
 		"--insecure-registry=" + c.Registry(),
+		// The machine's own are none of a test's business.
+		"--cni-conf-dir=" + filepath.Join(dir, "cni/net.d"),
+		"--cni-bin-dir=" + filepath.Join(c.Home.Bin, "cni"),
 	}
 	return append(args, c.AgentArgs...)
 }

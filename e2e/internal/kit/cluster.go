@@ -273,6 +273,26 @@ func (c *Cluster) Gantry(ctx context.Context, node int, args ...string) (stdout,
 	return out.String(), errOut.String(), err
 }
 
+// BuildTools builds programs that a test needs besides those of the cluster.
+func (c *Cluster) BuildTools(t testing.TB, names ...string) {
+	t.Helper()
+	if err := BuildToolsNow(names...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// BuildToolsNow is hack/build-tools, for where there is no test yet.
+func BuildToolsNow(names ...string) error {
+	out, err := exec.Command(filepath.Join(Repository(), "hack/build-tools"), names...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("hack/build-tools %s: %w\n%s", strings.Join(names, " "), err, out)
+	}
+	return nil
+}
+
+// Repository is the top of the working copy.
+func Repository() string { return filepath.Dir(filepath.Dir(script())) }
+
 // Snapshot lists what a node holds of the machine (hack/cluster snapshot).
 func (c *Cluster) Snapshot(t testing.TB, node int) map[string][]string {
 	t.Helper()

@@ -12,7 +12,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::CgroupError;
 
-const MOUNT_POINT: &str = "/sys/fs/cgroup";
+pub(super) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 /// Version 2 controllers that are enabled down the path, with whether Pods cannot run without.
 const UNIFIED_CONTROLLERS: [(&str, bool); 6] =
     [("cpu", true), ("memory", true), ("pids", true), ("cpuset", false), ("io", false), ("hugetlb", false)];

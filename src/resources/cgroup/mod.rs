@@ -7,6 +7,7 @@
 mod apply;
 mod hierarchy;
 mod names;
+mod nested;
 mod remove;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use k8s_openapi::api::core::v1::Pod;
 pub(crate) use apply::page_size_name;
 pub use hierarchy::{Hierarchy, LegacyMount};
 pub use names::{Driver, Names};
+pub use nested::enter_own_cgroup;
 
 use super::limits::{self, LimitPolicy, Limits, MIN_SHARES};
 use super::qos::{self, QosClass};
@@ -61,6 +63,18 @@ pub enum CgroupError {
         controller: String,
         /// Where it was expected.
         path: PathBuf,
+    },
+    /// `--nested`, and the machine's cgroups are in sight.
+    #[error(
+        "--nested: this process is in cgroup {own} of {controller}, and {root} is mounted: run it in a container that sees its own cgroup only"
+    )]
+    NotNested {
+        /// The tree.
+        controller: String,
+        /// Our cgroup in it.
+        own: String,
+        /// What the mount shows.
+        root: String,
     },
     /// A file name in `unified` that is a path.
     #[error("{name:?} is no file of a cgroup: name a file without slashes, for example memory.high")]
