@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -136,9 +137,9 @@ func (o *options) onCluster(ctx context.Context, work func(context.Context, *ben
 	name := o.cluster
 	if name == "" {
 		name = o.name
-		config, err := os.CreateTemp("", "bench-*.yaml")
-		if err != nil {
-			return err
+		config, failure := os.CreateTemp("", "bench-*.yaml")
+		if failure != nil {
+			return failure
 		}
 		defer os.Remove(config.Name())
 		if _, err := config.WriteString(kubeletConfig); err != nil {
@@ -170,6 +171,8 @@ func (o *options) onCluster(ctx context.Context, work func(context.Context, *ben
 func (o *options) hackCluster(ctx context.Context, args ...string) error {
 	cmd := exec.CommandContext(ctx, filepath.Join(o.repository, "hack/cluster"), args...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	// A signal for our process group ends us; then `down` still has to run to its end.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("hack/cluster %s: %w", args[0], err)
 	}
