@@ -185,7 +185,7 @@ impl VolumeManager {
         let (uid, guard) = self.lock(pod_uid).await?;
         let directory = self.pods.join(&uid);
         let path = directory.clone();
-        let work = move || mounts::take_down(&path);
+        let work = move || mounts::unmount_below(&path).and_then(|()| mounts::remove_tree(&path));
         let (guard, done) = blocking(guard, work).await?;
         done.map_err(|source| VolumeError::TearDown { uid: uid.clone(), path: directory, source })?;
         self.tokens.forget(&uid);

@@ -3,9 +3,9 @@
 //! Layout below the root directory, as kubelet's: `pods/<uid>/volumes/kubernetes.io~<kind>/<name>`.
 //!
 //! Crash safety needs no journal: whatever is mounted or written for a Pod lies below `pods/<uid>`, a directory that
-//! is made first. Setting up is idempotent, and taking down is a fold over that directory and what is mounted in it,
-//! so it works for Pods of an earlier life of the agent too. Taking down never descends into another mount: data of
-//! a `hostPath` or of a claim cannot be deleted ([`mounts::take_down`]).
+//! is made first. Setting up is idempotent, and taking down is a fold over the kernel's mount table and that
+//! directory, so it works for Pods of an earlier life of the agent too. Taking down never descends into another
+//! mount: data of a `hostPath` or of a claim cannot be deleted ([`mounts::remove_tree`]).
 
 mod atomic;
 mod config_map;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -125,54 +125,11 @@ const BELOW: ResolveFlags = ResolveFlags::BENEATH
 /// file descriptors with a deep tree.
 const MAX_DEPTH: usize = 64;
 
-/// What to do with a mount point, also one of the same file system, in a directory that is removed.
-#[derive(Debug)]
-enum AtMount {
-    /// It is an error (`EXDEV` or `EBUSY`).
-    Stop,
-    /// Unmount it and go on; so many more may be met.
-    Unmount { left: u32 },
-}
-
-/// Mounts in one Pod's directory beyond which somebody seems to be adding more.
-const MAX_MOUNTS: u32 = 4096;
-
-impl AtMount {
-    /// Says with `Ok` that what had failed because of a mount at `name` is worth another try.
-    fn met(&mut self, directory: impl AsFd, name: &[u8], error: Errno) -> io::Result<()> {
-        let AtMount::Unmount { left } = self else { return Err(error.into()) };
-        *left =
-            left.checked_sub(1).ok_or_else(|| io::Error::new(io::ErrorKind::ResourceBusy, "mounts keep appearing"))?;
-        // Only the last component is a name that others may change, and that is not followed.
-        let directory = format!("/proc/thread-self/fd/{}/", directory.as_fd().as_raw_fd());
-        let path = PathBuf::from(std::ffi::OsString::from_vec([directory.as_bytes(), name].concat()));
-        match unmount(&path, UnmountFlags::NOFOLLOW) {
-            // It is in use, or has others on it: they go with it.
-            Err(Errno::BUSY) => Ok(unmount(&path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?),
-            // Gone already.
-            Ok(()) | Err(Errno::NOENT | Errno::INVAL) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
 /// Removes the directory `path` with everything in it, but nothing that is mounted in it: a mount point, also one of
 /// the same file system, is an error (`EXDEV` or `EBUSY`). A missing directory is fine.
 ///
 /// The caller trusts `path` itself; what is below may be hostile and may change meanwhile.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
-    remove(path, AtMount::Stop)
-}
-
-/// Like [`remove_tree`], but unmounts what is mounted there, and goes on: what was mounted stays as it is.
-///
-/// That needs no look at the table of all mounts of the machine, which is long where many Pods run. A mount that is
-/// in use goes away for everyone who looks for it now, and for those who use it when they are done.
-pub fn take_down(path: &Path) -> io::Result<()> {
-    remove(path, AtMount::Unmount { left: MAX_MOUNTS })
-}
-
-fn remove(path: &Path, mut at_mount: AtMount) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a directory that can be removed"));
     };
@@ -182,15 +139,12 @@ fn remove(path: &Path, mut at_mount: AtMount) -> io::Result<()> {
         Err(Errno::NOENT) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    let root = loop {
-        match open_below(&parent, name.as_bytes()) {
-            Ok(root) => break root,
-            Err(Errno::NOENT) => return Ok(()),
-            Err(Errno::XDEV) => at_mount.met(&parent, name.as_bytes(), Errno::XDEV)?,
-            Err(error) => return Err(error.into()),
-        }
+    let root = match open_below(&parent, name.as_bytes()) {
+        Ok(root) => root,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(error.into()),
     };
-    empty(&root, &mut at_mount)?;
+    empty(&root)?;
     drop(root);
     match rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -209,15 +163,14 @@ struct Level {
     name: Vec<u8>,
 }
 
-fn empty(root: &OwnedFd, at_mount: &mut AtMount) -> io::Result<()> {
+fn empty(root: &OwnedFd) -> io::Result<()> {
     let mut levels = vec![Level { directory: rustix::io::dup(root)?, name: Vec::new() }];
     let mut moved = 0_u64;
     while let Some(level) = levels.last() {
-        match first_left(&level.directory, root, levels.len(), &mut moved, at_mount)? {
+        match first_left(&level.directory, root, levels.len(), &mut moved)? {
             Some(name) => match open_below(&level.directory, &name) {
                 Ok(directory) => levels.push(Level { directory, name }),
                 Err(Errno::NOENT) => {}
-                Err(Errno::XDEV) => at_mount.met(&level.directory, &name, Errno::XDEV)?,
                 Err(error) => return Err(error.into()),
             },
             None => {
@@ -226,7 +179,6 @@ fn empty(root: &OwnedFd, at_mount: &mut AtMount) -> io::Result<()> {
                     match rustix::fs::unlinkat(&parent.directory, &done.name, AtFlags::REMOVEDIR) {
                         // Not empty: something was added meanwhile, the next round finds it.
                         Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY) => {}
-                        Err(Errno::BUSY) => at_mount.met(&parent.directory, &done.name, Errno::BUSY)?,
                         Err(error) => return Err(error.into()),
                     }
                 }
@@ -237,21 +189,19 @@ fn empty(root: &OwnedFd, at_mount: &mut AtMount) -> io::Result<()> {
 }
 
 /// Removes what is no directory and gives the first directory that has to be emptied.
-fn first_left(
-    directory: &OwnedFd,
-    root: &OwnedFd,
-    depth: usize,
-    moved: &mut u64,
-    at_mount: &mut AtMount,
-) -> io::Result<Option<Vec<u8>>> {
+fn first_left(directory: &OwnedFd, root: &OwnedFd, depth: usize, moved: &mut u64) -> io::Result<Option<Vec<u8>>> {
     for entry in Dir::read_from(directory)? {
         let entry = entry?;
         let name = entry.file_name().to_bytes();
         if matches!(name, b"." | b"..") {
             continue;
         }
-        if entry.file_type() != FileType::Directory && remove_file(directory, name, at_mount)? {
-            continue;
+        if entry.file_type() != FileType::Directory {
+            match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => continue,
+                Err(Errno::ISDIR) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         if depth < MAX_DEPTH {
             return Ok(Some(name.to_vec()));
@@ -262,24 +212,11 @@ fn first_left(
             match rustix::fs::renameat_with(directory, name, root, &up, RenameFlags::NOREPLACE) {
                 Ok(()) | Err(Errno::NOENT) => break,
                 Err(Errno::EXIST) => {}
-                Err(Errno::BUSY) => at_mount.met(directory, name, Errno::BUSY)?,
                 Err(error) => return Err(error.into()),
             }
         }
     }
     Ok(None)
-}
-
-/// `false` if it is a directory after all.
-fn remove_file(directory: &OwnedFd, name: &[u8], at_mount: &mut AtMount) -> io::Result<bool> {
-    loop {
-        match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => return Ok(true),
-            Err(Errno::ISDIR) => return Ok(false),
-            Err(Errno::BUSY) => at_mount.met(directory, name, Errno::BUSY)?,
-            Err(error) => return Err(error.into()),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -369,46 +306,6 @@ mod tests {
         mount_bind(&precious, &over).unwrap();
         assert!(remove_tree(&over).is_err());
         assert_eq!(fs::read_to_string(precious.join("data")).unwrap(), "keep");
-    }
-
-    #[test]
-    fn taking_down_unmounts_what_it_meets_and_removes_nothing_of_it() {
-        let scratch = Scratch::new();
-        let precious = scratch.dir("precious");
-        fs::create_dir_all(precious.join("sub")).unwrap();
-        fs::write(precious.join("data"), "keep").unwrap();
-        let pod = scratch.dir("pod");
-        // On the directory itself, nested, stacked, on a file, busy, and deeper than directories are kept open.
-        mount_tmpfs(&pod, None).unwrap();
-        let volume = scratch.dir("pod/volumes/x");
-        mount_bind(&precious, &volume).unwrap();
-        mount_tmpfs(&volume.join("sub"), None).unwrap();
-        mount_bind(&precious, scratch.dir("pod/volumes/x/sub/y")).unwrap();
-        mount_tmpfs(&volume, None).unwrap();
-        let stacked = scratch.dir("pod/volumes/stacked");
-        mount_bind(&precious, &stacked).unwrap();
-        mount_bind(&precious, &stacked).unwrap();
-        fs::write(pod.join("file"), "").unwrap();
-        mount_bind(precious.join("data"), pod.join("file")).unwrap();
-        let busy = scratch.dir("pod/busy");
-        mount_tmpfs(&busy, None).unwrap();
-        let _open = fs::File::create(busy.join("held")).unwrap();
-        for depth in MAX_DEPTH - 2..MAX_DEPTH + 3 {
-            let deep = scratch.dir(&format!("pod{}/mount", "/d".repeat(depth)));
-            mount_bind(&precious, &deep).unwrap();
-        }
-        take_down(&pod).unwrap();
-        take_down(&pod).unwrap();
-        assert!(!pod.exists());
-        assert_eq!(mounts_below(scratch.0.path()).unwrap(), Vec::<PathBuf>::new());
-        assert_eq!(fs::read_to_string(precious.join("data")).unwrap(), "keep");
-        assert!(precious.join("sub").is_dir());
-        // A link is no way to somebody else's mounts.
-        mount_tmpfs(&precious.join("sub"), None).unwrap();
-        let pod = scratch.dir("pod");
-        std::os::unix::fs::symlink(precious.join("sub"), pod.join("link")).unwrap();
-        take_down(&pod).unwrap();
-        assert!(is_mount_point(&precious.join("sub")).unwrap());
     }
 
     #[test]
