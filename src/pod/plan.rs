@@ -663,7 +663,7 @@ mod tests {
         let pulls = BTreeSet::from([start.clone()]);
         // the pull of an image that nobody wants any more is given up
         settle(&right, &mut observed, &pulls, at(1));
-        assert_eq!(plan(&right, &observed, &pulls, at(1)).cancel, [start.clone()]);
+        assert_eq!(plan(&right, &observed, &pulls, at(1)).cancel, std::slice::from_ref(&start));
         fold::outcome(&wrong, &mut observed, &start, &Outcome::Failed(Failure::new("ErrImagePull", "no")), at(2));
         assert!(starts(&wrong, &observed).is_empty(), "it waits");
         settle(&right, &mut observed, &BTreeSet::new(), at(3));
