@@ -92,6 +92,11 @@ func TestInstall(t *testing.T) {
 		binary = filepath.Join(kit.Repository(), "target/release/gantry")
 	}
 	push(t, e, binary, "gantry:test")
+	// The first Pod of a node makes what all of them share.
+	e.Create(e.Pod("first", "busybox:1.37", kit.Forever, kit.On("node-1")))
+	e.WaitReady(time.Minute, "first")
+	e.Delete("first")
+	e.WaitGone("first", time.Minute)
 	clean := e.Snapshot(t, 1)
 	flags := []string{
 		"--namespace=" + e.Namespace, "--kubeconfig=" + e.Kubeconfig,
@@ -226,11 +231,12 @@ func TestInstall(t *testing.T) {
 	if err := e.Client.CoreV1().Nodes().Delete(e.Ctx, "edge-gantry-0", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	out, errOut, err := e.Kubectl(e.Ctx, "get", "all,configmaps,secrets,serviceaccounts,clusterrolebindings,persistentvolumeclaims,nodes",
-		"--all-namespaces", "--selector=app.kubernetes.io/instance=edge", "--output=name")
-	if err != nil || out != "" {
-		t.Errorf("uninstall leaves: %s%s%v", out, errOut, err)
-	}
+	// Helm waits for the StatefulSet; its Pods are collected after it.
+	e.Eventually(time.Minute, "nothing is left of the release", func() (bool, string) {
+		out, errOut, err := e.Kubectl(e.Ctx, "get", "all,configmaps,secrets,serviceaccounts,clusterrolebindings,persistentvolumeclaims,nodes",
+			"--all-namespaces", "--selector=app.kubernetes.io/instance=edge", "--output=name")
+		return err == nil && out == "", fmt.Sprint(out, errOut, err)
+	})
 	e.Eventually(time.Minute, "the machine's node is as it was", func() (bool, string) {
 		left := ""
 		for kind, held := range e.Snapshot(t, 1) {
