@@ -1,6 +1,7 @@
 //! The node's decision about a Pod, from what the agent knows.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
@@ -11,12 +12,17 @@ use crate::node::shutdown::{REJECTED_MESSAGE, REJECTED_REASON};
 use crate::pod::admission::preemption::{PREEMPTED_MESSAGE, PREEMPTING_MESSAGE, PREEMPTING_REASON, victims};
 use crate::pod::admission::{NodeInfo, Rejection, admit};
 use crate::pod::effects::{Outcome, Request};
-use crate::pod::model::{Admission, Desired, Verdict};
+use crate::pod::model::{Admission, ContainerSpec, Desired, Verdict};
+use crate::pod::resize::{self, Decision};
+use crate::pod::resources::Resources;
 use crate::pod::rules::grace_seconds;
 use crate::pod::worker::Message;
-use crate::resources::amounts::Amounts;
+use crate::resources::amounts::{self, Amounts, MEMORY};
+use crate::resources::limits::{LimitPolicy, swaps};
 use crate::resources::qos;
 
+/// The feature gate of resizes of a Pod as a whole.
+const POD_LEVEL_GATE: &str = "InPlacePodLevelResourcesVerticalScaling";
 /// A Pod that makes room may take half as long again as its grace says, and at least this (`killPodNow`).
 const LEAST_WAIT: Duration = Duration::from_secs(10);
 
@@ -55,6 +61,31 @@ impl Node {
 
     /// One look: an admitted Pod counts at once, so that no two are let in for the same free CPU.
     fn try_admit(&self, desired: &Desired) -> Result<(), Refused> {
+        let pod = &desired.pod;
+        self.pods.admit(desired.uid(), |others| {
+            self.fits(pod, others).map_err(|rejection| {
+                let others: Vec<&Pod> = others.iter().map(AsRef::as_ref).collect();
+                refusal(pod, &others, rejection)
+            })
+        })
+    }
+
+    /// Decides about the resources that a Pod wants now.
+    pub(super) fn allocate(&self, desired: &Desired) -> Decision {
+        let wanted = Resources::of(&desired.wanted);
+        let of_pod = !wanted.same_for_pod(&Resources::of(&desired.pod));
+        let verdict = if swap_is_in_the_way(desired, self.cgroups.policy()) {
+            resize::Verdict::Infeasible("In-place resize of containers with swap is not supported.".to_owned())
+        } else if of_pod && !self.config.feature_gates.enabled(POD_LEVEL_GATE) {
+            resize::Verdict::Infeasible(format!("{POD_LEVEL_GATE} is disabled"))
+        } else {
+            self.pods.allocate(desired, |pod, others| self.fits(pod, others).map_err(|rejection| rejection.message))
+        };
+        Decision { wanted, generation: desired.wanted.metadata.generation, verdict }
+    }
+
+    /// Whether the node takes a Pod beside others.
+    fn fits(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<(), Rejection> {
         let object = self.object.borrow().clone();
         let allocatable = Amounts::of(Some(&self.allocatable()));
         let none = BTreeMap::new();
@@ -69,11 +100,7 @@ impl Node {
             apparmor: self.traits.apparmor,
             pod_level_resources: true,
         };
-        let pod = &desired.pod;
-        self.pods.admit(desired.uid(), |others| {
-            let others: Vec<&Pod> = others.iter().map(AsRef::as_ref).collect();
-            admit(pod, others.iter().copied(), &node).map_err(|rejection| refusal(pod, &others, rejection))
-        })
+        admit(pod, others.iter().map(AsRef::as_ref), &node)
     }
 
     /// Ends Pods and waits for their end; false if there are none to end, or they do not.
@@ -124,5 +151,59 @@ fn refusal(pod: &Pod, others: &[&Pod], rejection: Rejection) -> Refused {
                 Rejection { reason: "UnexpectedAdmissionError".to_owned(), message, insufficient: Vec::new() };
             Refused { rejection, victims: Vec::new() }
         }
+    }
+}
+
+/// Swap follows from the memory request and cannot be changed while a container runs
+/// (`disallowResizeForSwappableContainers`).
+fn swap_is_in_the_way(desired: &Desired, policy: &LimitPolicy) -> bool {
+    let wanted = Desired::new(desired.wanted.clone());
+    desired.containers.iter().any(|has| {
+        let Some(wants) = wanted.container(has.name()) else { return false };
+        let request = |spec: &ContainerSpec| amounts::requests(spec.container.resources.as_ref()).value(MEMORY);
+        let mut policies = has.container.resize_policy.iter().flatten();
+        let restarts = policies.any(|p| p.resource_name == MEMORY && p.restart_policy == "RestartContainer");
+        request(has) != request(wants)
+            && !restarts
+            && (swaps(&desired.pod, &has.container, policy) || swaps(&desired.wanted, &wants.container, policy))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::ContainerResizePolicy;
+
+    use super::*;
+    use crate::resources::fixture::{container, pod};
+    use crate::resources::limits::SwapBehavior;
+
+    fn sized(memory: &str, limit: &str) -> Pod {
+        pod(vec![container("a", &[("memory", memory)], &[("memory", limit)])])
+    }
+
+    #[test]
+    fn memory_of_a_container_that_may_swap_stays() {
+        let policy = LimitPolicy {
+            swap_behavior: SwapBehavior::LimitedSwap,
+            swap_controller: true,
+            memory_capacity: 8 << 30,
+            ..LimitPolicy::default()
+        };
+        let in_the_way = |from: Pod, to: Pod, policy: &LimitPolicy| {
+            let allocated = Resources::of(&from);
+            swap_is_in_the_way(&Desired::new(Arc::new(to)).with_allocation(Some(&allocated)), policy)
+        };
+        assert!(in_the_way(sized("1Mi", "4Mi"), sized("2Mi", "4Mi"), &policy));
+        assert!(!in_the_way(sized("1Mi", "4Mi"), sized("1Mi", "8Mi"), &policy), "the request decides");
+        assert!(!in_the_way(sized("1Mi", "4Mi"), sized("2Mi", "4Mi"), &LimitPolicy::default()));
+        let restarting = |mut pod: Pod| {
+            let policy = ContainerResizePolicy {
+                resource_name: "memory".to_owned(),
+                restart_policy: "RestartContainer".to_owned(),
+            };
+            pod.spec.as_mut().unwrap().containers[0].resize_policy = Some(vec![policy]);
+            pod
+        };
+        assert!(!in_the_way(restarting(sized("1Mi", "4Mi")), restarting(sized("2Mi", "4Mi")), &policy));
     }
 }

@@ -16,6 +16,7 @@ mod process;
 pub mod progress;
 pub mod records;
 pub mod report;
+mod resize;
 pub mod run;
 mod runtime_class;
 pub mod sandbox;

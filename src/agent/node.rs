@@ -185,9 +185,11 @@ impl Effects for NodeEffects {
         match request.action.clone() {
             Action::Admit => node.admit(&request).await,
             Action::MountVolumes => outcome(node.mount_volumes(&request).await, |()| Outcome::Done),
-            Action::SetUpSandbox => {
-                outcome(node.set_up_sandbox(&request).await, |pod_ips| Outcome::SandboxUp { pod_ips })
-            }
+            Action::Allocate => Outcome::Allocated(Box::new(node.allocate(&request.desired))),
+            Action::Resize => Outcome::Resized(Box::new(node.resize(&request).await)),
+            Action::SetUpSandbox => outcome(node.set_up_sandbox(&request).await, |(pod_ips, enforced)| {
+                Outcome::SandboxUp { pod_ips, enforced: Some(enforced) }
+            }),
             Action::ClearSandbox => outcome(node.clear_sandbox(&request.desired).await, |()| Outcome::Done),
             Action::TearDown => outcome(node.tear_down(&request.desired).await, |()| Outcome::Done),
             Action::Start(name) => node.start_container(&request, &name).await,

@@ -9,6 +9,9 @@ use tokio::task::JoinHandle;
 
 use crate::pod::effects::{Effects, RuntimeEvent};
 use crate::pod::model::{Admission, Desired, Observed};
+use crate::pod::resize::Verdict;
+use crate::pod::resize::order::{Place, is_larger};
+use crate::pod::resources::Resources;
 use crate::pod::worker::{Message, Worker};
 use crate::source::{Origin, origin};
 
@@ -37,12 +40,36 @@ impl PodView {
     }
 }
 
+impl Entry {
+    /// Counts against the node's resources.
+    fn is_counted(&self) -> bool {
+        self.view.is_active() || self.admitted
+    }
+
+    /// The Pod with what is set aside for it.
+    fn allocated(&self) -> &Arc<Pod> {
+        self.granted.as_ref().unwrap_or(&self.view.desired.pod)
+    }
+
+    /// Its place among those that want other resources than they have; `None` if it does not, or never can.
+    fn place(&self) -> Option<Place> {
+        let pending = self.view.observed.resize.pending.as_ref();
+        let waits = self.view.is_active() && self.granted.is_none() && self.view.desired.wants_resize();
+        let feasible = waits && !pending.is_some_and(|pending| pending.infeasible);
+        feasible.then(|| Place::of(self.allocated(), &self.view.desired.wanted, pending.map(|pending| pending.since)))
+    }
+}
+
 struct Entry {
     sender: mpsc::Sender<Message>,
     task: JoinHandle<()>,
     view: PodView,
     /// Admitted since the view was published; admission counts it.
     admitted: bool,
+    /// The Pod with resources that were set aside since the view was published.
+    granted: Option<Arc<Pod>>,
+    /// A resize of it waits for room.
+    deferred: bool,
     /// Of which source; a source's first full list removes only its own.
     origin: Origin,
     /// Its source has dropped it: it ends.
@@ -51,6 +78,16 @@ struct Entry {
     end_reported: bool,
     /// A static Pod that waits for the end of the one whose name it has.
     successor: Option<Desired>,
+}
+
+/// Tells the Pods whose resize waits for room that there may be some. They are asked under the lock that guards the
+/// answer, so that none is given between the look and the call.
+fn tell_room(entries: &mut HashMap<String, Entry>) {
+    for entry in entries.values_mut().filter(|entry| entry.deferred) {
+        entry.deferred = false;
+        let sender = entry.sender.clone();
+        tokio::spawn(async move { sender.send(Message::Room).await });
+    }
 }
 
 /// The registry of workers.
@@ -106,8 +143,8 @@ impl Pods {
         let mut entries = self.lock();
         let others: Vec<_> = entries
             .iter()
-            .filter(|(other, entry)| *other != uid && (entry.view.is_active() || entry.admitted))
-            .map(|(_, entry)| entry.view.desired.pod.clone())
+            .filter(|(other, entry)| *other != uid && entry.is_counted())
+            .map(|(_, entry)| entry.allocated().clone())
             .collect();
         let admission = decide(&others);
         if let Some(entry) = entries.get_mut(uid) {
@@ -139,6 +176,53 @@ impl Pods {
     #[must_use]
     pub fn is_over(&self, uid: &str) -> bool {
         self.lock().get(uid).is_none_or(|entry| entry.view.observed.torn_down && entry.end_reported)
+    }
+
+    /// Decides about a resize with the same care as [`Pods::admit`]. Other Pods whose turn is before this one's have
+    /// their room first, as if they were asked now: they are, when room appears.
+    ///
+    /// `fits` says why a Pod does not fit beside others.
+    pub fn allocate(&self, desired: &Desired, fits: impl Fn(&Pod, &[Arc<Pod>]) -> Result<(), String>) -> Verdict {
+        let uid = desired.uid();
+        let mut entries = self.lock();
+        let Some(since) = entries.get(uid).map(|entry| entry.view.observed.resize.pending.as_ref().map(|p| p.since))
+        else {
+            return Verdict::Deferred("the Pod is ending".to_owned());
+        };
+        let place = Place::of(&desired.pod, &desired.wanted, since);
+        let counted = entries.iter().filter(|(other, entry)| *other != uid && entry.is_counted());
+        let mut others: HashMap<&str, Arc<Pod>> =
+            counted.map(|(other, entry)| (other.as_str(), entry.allocated().clone())).collect();
+        let list = |others: &HashMap<&str, Arc<Pod>>, without: &str| -> Vec<Arc<Pod>> {
+            others.iter().filter(|(uid, _)| **uid != without).map(|(_, pod)| pod.clone()).collect()
+        };
+        let mut before: Vec<_> = entries
+            .iter()
+            // what another one gives back is room when it has done so
+            .filter(|(other, entry)| *other != uid && is_larger(&entry.view.desired.wanted, entry.allocated()))
+            .filter_map(|(other, entry)| Some((entry.place()?, other.as_str(), entry.view.desired.wanted.clone())))
+            .filter(|(other, ..)| *other < place)
+            .collect();
+        before.sort_by_key(|(place, ..)| *place);
+        for (_, other, wanted) in before {
+            if fits(&wanted, &list(&others, other)).is_ok() {
+                others.insert(other, wanted);
+            }
+        }
+        let answer = fits(&desired.wanted, &list(&others, uid));
+        drop(others);
+        let mut freed = false;
+        if let Some(entry) = entries.get_mut(uid) {
+            entry.deferred = answer.is_err();
+            if answer.is_ok() {
+                freed = is_larger(entry.allocated(), &desired.wanted);
+                entry.granted = Some(desired.wanted.clone());
+            }
+        }
+        if freed {
+            tell_room(&mut entries);
+        }
+        answer.map_or_else(Verdict::Deferred, |()| Verdict::Granted)
     }
 
     /// Passes on what the runtime saw.
@@ -205,6 +289,8 @@ impl Pods {
     pub fn spawn<E: Effects>(self: &Arc<Self>, effects: &Arc<E>, desired: Desired, record: Option<Observed>) {
         let uid = desired.uid().to_owned();
         let origin = origin(&desired.pod);
+        let allocated = record.as_ref().and_then(|record| record.resize.allocated.as_ref());
+        let desired = desired.with_allocation(allocated);
         let view = PodView {
             desired: Arc::new(desired.clone()),
             observed: Arc::new(record.clone().unwrap_or_default()),
@@ -217,14 +303,31 @@ impl Pods {
             if !worker.run().await {
                 return;
             }
-            let successor = pods.lock().remove(&ended).and_then(|entry| entry.successor);
+            let successor = {
+                let mut entries = pods.lock();
+                let ended = entries.remove(&ended);
+                if ended.as_ref().is_some_and(Entry::is_counted) {
+                    tell_room(&mut entries);
+                }
+                ended.and_then(|entry| entry.successor)
+            };
             pods.changed.send_modify(|n| *n += 1);
             if let Some(successor) = successor {
                 pods.spawn(&effects, successor, None);
             }
         });
-        let entry =
-            Entry { sender, task, view, admitted: false, origin, removed: false, end_reported: false, successor: None };
+        let entry = Entry {
+            sender,
+            task,
+            view,
+            admitted: false,
+            granted: None,
+            deferred: false,
+            origin,
+            removed: false,
+            end_reported: false,
+            successor: None,
+        };
         entries.insert(uid, entry);
         drop(entries);
         self.changed.send_modify(|n| *n += 1);
@@ -262,13 +365,24 @@ impl Pods {
         let mut entries = self.lock();
         let Some(entry) = entries.get_mut(desired.uid()) else { return };
         entry.admitted &= observed.admission.is_none();
-        let view = &mut entry.view;
+        let view = &entry.view;
         let same =
             Arc::ptr_eq(&view.desired, desired) && Arc::ptr_eq(&view.observed, observed) && *view.status == *status;
         if same {
             return;
         }
-        *view = PodView { desired: desired.clone(), observed: observed.clone(), status: Arc::new(status.clone()) };
+        let (counted, had) = (entry.is_counted(), entry.allocated().clone());
+        entry.view = PodView { desired: desired.clone(), observed: observed.clone(), status: Arc::new(status.clone()) };
+        // the grant is in the record once the Pod is shown with it
+        entry.granted = entry
+            .granted
+            .take()
+            .filter(|granted| entry.view.is_active() && !Resources::of(granted).same(&Resources::of(&desired.pod)));
+        let ended = counted && !entry.is_counted();
+        let shrunk = !Arc::ptr_eq(&had, entry.allocated()) && is_larger(&had, entry.allocated());
+        if ended || shrunk {
+            tell_room(&mut entries);
+        }
         drop(entries);
         self.changed.send_modify(|n| *n += 1);
     }
@@ -282,5 +396,86 @@ impl Pods {
         for (_, task) in entries {
             let _ = task.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::model::Phase;
+    use crate::resources::amounts::{CPU, pod_requests};
+    use crate::resources::fixture::{container, pod};
+
+    fn sized(uid: &str, cpu: &str, priority: i32) -> Pod {
+        let mut p = pod(vec![container("a", &[("cpu", cpu)], &[])]);
+        p.metadata.uid = Some(uid.to_owned());
+        p.spec.as_mut().unwrap().priority = Some(priority);
+        p
+    }
+
+    /// A node of ten cores.
+    fn fits(pod: &Pod, others: &[Arc<Pod>]) -> Result<(), String> {
+        let used: i64 = others.iter().map(|other| pod_requests(other).milli(CPU)).sum();
+        if used + pod_requests(pod).milli(CPU) <= 10_000 { Ok(()) } else { Err("Node didn't have enough".to_owned()) }
+    }
+
+    /// A Pod that has `has` and wants `wants`, and what its worker would be told.
+    fn insert(pods: &Pods, has: &Pod, wants: Pod) -> (Arc<Desired>, mpsc::Receiver<Message>) {
+        let allocated = Resources::of(has);
+        let desired = Arc::new(Desired::new(Arc::new(wants)).with_allocation(Some(&allocated)));
+        let mut observed = Observed { admission: Some(Admission::Admitted), ..Observed::default() };
+        observed.resize.allocated = Some(allocated);
+        let view = PodView { desired: desired.clone(), observed: Arc::new(observed), status: Arc::default() };
+        let (sender, inbox) = mpsc::channel(4);
+        let entry = Entry {
+            sender,
+            task: tokio::spawn(async {}),
+            view,
+            admitted: false,
+            granted: None,
+            deferred: false,
+            origin: Origin::Api,
+            removed: false,
+            end_reported: false,
+            successor: None,
+        };
+        pods.lock().insert(desired.uid().to_owned(), entry);
+        (desired, inbox)
+    }
+
+    fn view(pods: &Pods, uid: &str) -> Observed {
+        (*pods.view(uid).unwrap().observed).clone()
+    }
+
+    #[tokio::test]
+    async fn room_goes_to_the_one_whose_turn_it_is() {
+        let pods = Pods::default();
+        let (big, _) = insert(&pods, &sized("big", "5", 0), sized("big", "5", 0));
+        let (low, mut low_inbox) = insert(&pods, &sized("low", "3", 0), sized("low", "6", 0));
+        let (high, mut high_inbox) = insert(&pods, &sized("high", "2", 10), sized("high", "6", 10));
+        assert!(matches!(pods.allocate(&low, fits), Verdict::Deferred(_)));
+        assert!(matches!(pods.allocate(&high, fits), Verdict::Deferred(_)));
+        let ended = Observed { final_phase: Some(Phase::Succeeded), ..view(&pods, "big") };
+        pods.publish(&big, &Arc::new(ended), &PodStatus::default());
+        assert!(matches!(low_inbox.recv().await, Some(Message::Room)));
+        assert!(matches!(high_inbox.recv().await, Some(Message::Room)));
+        // there would be room for either
+        assert!(matches!(pods.allocate(&low, fits), Verdict::Deferred(_)), "the other one is first");
+        assert_eq!(pods.allocate(&high, fits), Verdict::Granted);
+    }
+
+    #[tokio::test]
+    async fn what_is_granted_counts_at_once_and_what_is_given_back_is_room() {
+        let pods = Pods::default();
+        let (shrinking, _) = insert(&pods, &sized("shrinking", "6", 0), sized("shrinking", "1", 0));
+        let (one, mut one_inbox) = insert(&pods, &sized("one", "2", 0), sized("one", "8", 0));
+        let (other, _) = insert(&pods, &sized("other", "1", 0), sized("other", "7", 0));
+        assert!(matches!(pods.allocate(&one, fits), Verdict::Deferred(_)));
+        assert_eq!(pods.allocate(&shrinking, fits), Verdict::Granted);
+        assert!(matches!(one_inbox.recv().await, Some(Message::Room)));
+        assert_eq!(pods.allocate(&one, fits), Verdict::Granted);
+        assert!(matches!(pods.allocate(&other, fits), Verdict::Deferred(_)), "eight cores are granted already");
+        let new = sized("new", "1", 0);
+        assert!(pods.admit("new", |others| fits(&new, others)).is_err());
     }
 }

@@ -57,7 +57,7 @@ impl Records {
         let version = desired.pod.metadata.resource_version.clone();
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         if written.get(desired.uid()) != Some(&version) {
-            write(&dir, POD_FILE, &serde_json::to_vec(&*desired.pod)?)?;
+            write(&dir, POD_FILE, &serde_json::to_vec(&*desired.wanted)?)?;
             written.insert(desired.uid().to_owned(), version);
         }
         drop(written);

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::pod::effects::ApiAnswer;
 use crate::pod::model::Desired;
+use crate::pod::resize::status::{IN_PROGRESS, PENDING};
 
 /// Longest wait for an answer of the API server.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -33,6 +34,7 @@ pub fn status_patch(uid: &str, base: &PodStatus, status: &PodStatus) -> Option<V
             continue;
         }
         let change = match (key.as_str(), value) {
+            ("resources" | "allocatedResources", Value::Object(new)) => merge(base.get(key), new),
             ("conditions", Value::Array(list)) => changed_conditions(list, base.get(key)),
             (name, Value::Array(list)) if REPLACED_LISTS.contains(&name) => {
                 let mut all = vec![json!({"$patch": "replace"})];
@@ -49,8 +51,30 @@ pub fn status_patch(uid: &str, base: &PodStatus, status: &PodStatus) -> Option<V
     (!patch.is_empty()).then(|| json!({"metadata": {"uid": uid}, "status": patch}))
 }
 
+/// What makes one map into another when it is merged into it: entries that went away are sent as null.
+fn merge(base: Option<&Value>, new: &Map<String, Value>) -> Value {
+    let old = base.and_then(Value::as_object);
+    let mut patch: Map<String, Value> = Map::new();
+    for (key, value) in new {
+        let before = old.and_then(|old| old.get(key));
+        match value {
+            same if before == Some(same) => {}
+            Value::Object(inner) => {
+                patch.insert(key.clone(), merge(before, inner));
+            }
+            value => {
+                patch.insert(key.clone(), value.clone());
+            }
+        }
+    }
+    for key in old.into_iter().flat_map(Map::keys).filter(|key| !new.contains_key(*key)) {
+        patch.insert(key.clone(), Value::Null);
+    }
+    Value::Object(patch)
+}
+
 /// Conditions are merged by type: only those that differ are sent, so that nobody else's are touched. A field that
-/// went away is sent as null.
+/// went away is sent as null. Conditions that come and go are the node's own: they are deleted by name.
 fn changed_conditions(list: &[Value], base: Option<&Value>) -> Value {
     let old = base.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let changed = list.iter().filter(|condition| !old.contains(condition)).map(|condition| {
@@ -63,7 +87,11 @@ fn changed_conditions(list: &[Value], base: Option<&Value>) -> Value {
         }
         condition
     });
-    Value::Array(changed.collect())
+    let gone = [IN_PROGRESS, PENDING].into_iter().filter(|kind| {
+        let has = |list: &[Value]| list.iter().any(|condition| condition["type"] == **kind);
+        has(old) && !has(list)
+    });
+    Value::Array(changed.chain(gone.map(|kind| json!({"$patch": "delete", "type": kind}))).collect())
 }
 
 /// Sends the difference between `base` and `status`.
@@ -119,7 +147,8 @@ fn answer(error: &kube::Error) -> ApiAnswer {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::{PodCondition, PodIP};
+    use k8s_openapi::api::core::v1::{PodCondition, PodIP, ResourceRequirements};
+    use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
     use super::*;
 
@@ -157,5 +186,36 @@ mod tests {
             }})
         );
         assert_eq!(status_patch("u", &status, &status), None);
+    }
+
+    #[test]
+    fn what_goes_away_is_named() {
+        let quantities = |list: &[(&str, &str)]| {
+            Some(list.iter().map(|(name, text)| ((*name).to_owned(), Quantity((*text).to_owned()))).collect())
+        };
+        let base = PodStatus {
+            conditions: Some(vec![condition("Other", None), condition(PENDING, None), condition(IN_PROGRESS, None)]),
+            allocated_resources: quantities(&[("cpu", "1"), ("memory", "1Mi")]),
+            resources: Some(ResourceRequirements {
+                limits: quantities(&[("cpu", "1")]),
+                requests: quantities(&[("cpu", "1"), ("memory", "1Mi")]),
+                ..ResourceRequirements::default()
+            }),
+            ..PodStatus::default()
+        };
+        let status = PodStatus {
+            conditions: Some(vec![condition(IN_PROGRESS, None)]),
+            allocated_resources: quantities(&[("cpu", "2")]),
+            resources: Some(ResourceRequirements { requests: quantities(&[("cpu", "2")]), ..Default::default() }),
+            ..PodStatus::default()
+        };
+        assert_eq!(
+            status_patch("u", &base, &status).unwrap()["status"],
+            json!({
+                "conditions": [{"$patch": "delete", "type": PENDING}],
+                "allocatedResources": {"cpu": "2", "memory": null},
+                "resources": {"requests": {"cpu": "2", "memory": null}, "limits": null},
+            })
+        );
     }
 }

@@ -35,8 +35,9 @@ use crate::node::{
 use crate::objects::{ObjectCache, ServiceCache, TokenManager};
 use crate::pod::admission::SysctlAllowlist;
 use crate::pod::model::Desired;
-use crate::resources::cgroup::{CgroupConfig, CgroupTree, Driver, enter_own_cgroup};
-use crate::resources::limits::LimitPolicy;
+use crate::resources::amounts::{Amounts, MEMORY};
+use crate::resources::cgroup::{CgroupConfig, CgroupError, CgroupTree, Driver, enter_own_cgroup};
+use crate::resources::limits::{LimitPolicy, MemoryQos, SwapBehavior};
 use crate::runtime::client::ShimLauncher;
 use crate::runtime::spec::NodeTraits;
 use crate::source::{Origin, PodChange, api as api_source, origin};
@@ -52,7 +53,12 @@ const POD_CIDRS_FILE: &str = "pod-cidrs.json";
 const NETWORK_WAIT: Duration = Duration::from_secs(10);
 
 /// Features whose meaning for other components this node has (`status.declaredFeatures`).
-const DECLARED_FEATURES: [&str; 2] = ["ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits"];
+const DECLARED_FEATURES: [&str; 4] = [
+    "ExtendWebSocketsToKubelet",
+    "InPlacePodLevelResourcesVerticalScaling",
+    "InPlacePodVerticalScalingInitContainers",
+    "RestartAllContainersOnContainerExits",
+];
 
 /// Runs the agent; returns when it is told to stop.
 #[must_use]
@@ -284,15 +290,17 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
     let volumes =
         VolumeManager::new(VolumeConfig { root_dir: config.paths.root_dir.clone() }, objects.clone(), Arc::new(tokens))
             .with_image_volumes(Arc::new(images::VolumeImages { images: images.clone(), keyring: keyring.clone() }));
-    let cgroups = cgroups(config, &facts).map_err(|error| format!("open the cgroup tree: {error}"))?;
+    let (initial, _) =
+        status::build(&Default::default(), config, &facts, &cluster.health.borrow(), jiff::Timestamp::now());
+    let allocatable = initial.allocatable.unwrap_or_default();
+    let cgroups = cgroups(config, &facts, &Amounts::of(Some(&allocatable)))
+        .map_err(|error| format!("open the cgroup tree: {error}"))?;
     let traits = NodeTraits::detect(
         cgroups.policy().cgroup_v2,
         config.paths.seccomp_dir.clone(),
         config.kubelet.seccomp_default,
     )
     .map_err(|error| format!("look at this process: {error}"))?;
-    let (initial, _) =
-        status::build(&Default::default(), config, &facts, &cluster.health.borrow(), jiff::Timestamp::now());
     Ok(Arc::new(Node {
         config: config.clone(),
         api: cluster.api.clone(),
@@ -315,7 +323,7 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
         declared_features: DECLARED_FEATURES.map(str::to_owned).into(),
         object: cluster.object.subscribe(),
         addresses,
-        allocatable: initial.allocatable.unwrap_or_default(),
+        allocatable,
         shims: Mutex::new(HashMap::new()),
         shutting_down: AtomicBool::new(false),
     }))
@@ -339,7 +347,7 @@ async fn open_images(config: StoreConfig) -> Result<Arc<ImageStore>, String> {
     }
 }
 
-fn cgroups(config: &Config, facts: &NodeFacts) -> Result<CgroupTree, crate::resources::cgroup::CgroupError> {
+fn cgroups(config: &Config, facts: &NodeFacts, allocatable: &Amounts) -> Result<CgroupTree, CgroupError> {
     let kubelet = &config.kubelet;
     let policy = LimitPolicy {
         cpu_cfs_quota: kubelet.cpu_cfs_quota,
@@ -348,6 +356,15 @@ fn cgroups(config: &Config, facts: &NodeFacts) -> Result<CgroupTree, crate::reso
         pod_pids_limit: Some(kubelet.pod_pids_limit).filter(|limit| *limit > 0),
         memory_capacity: facts.machine.memory,
         swap_capacity: facts.machine.swap,
+        swap_behavior: match kubelet.memory_swap.swap_behavior.as_str() {
+            "LimitedSwap" => SwapBehavior::LimitedSwap,
+            _ => SwapBehavior::NoSwap,
+        },
+        memory_qos: config.feature_gates.enabled("MemoryQoS").then(|| MemoryQos {
+            tiered_reservation: kubelet.memory_reservation_policy == "TieredReservation",
+            throttling_factor: kubelet.memory_throttling_factor,
+        }),
+        allocatable_memory: allocatable.value(MEMORY),
         ..LimitPolicy::default()
     };
     let driver = if kubelet.cgroup_driver == "systemd" { Driver::Systemd } else { Driver::Cgroupfs };
@@ -564,7 +581,8 @@ async fn refresh_volumes(node: Arc<Node>) {
                 versions.retain(|uid, _| views.iter().any(|view| view.desired.uid() == uid));
                 for view in views {
                     let meta = &view.desired.pod.metadata;
-                    let version = Some(format!("{:?}{:?}", meta.labels, meta.annotations));
+                    let resources = &view.observed.resize.allocated;
+                    let version = Some(format!("{:?}{:?}{resources:?}", meta.labels, meta.annotations));
                     let known = versions.insert(view.desired.uid().to_owned(), version.clone());
                     if known.is_some_and(|known| known != version) {
                         stale.push(view);

@@ -24,6 +24,7 @@ use crate::pod::features::unsupported;
 use crate::pod::fold::Found;
 use crate::pod::model::{Desired, Instance, Observed};
 use crate::pod::plan::TEAR_DOWN_FAILED;
+use crate::resources::cgroup::Enforced;
 use crate::resources::quantity;
 use crate::runtime::client::{ContainerRecord, Shim, ShimError, ShimEvent, ShimOptions, read_records};
 use crate::volume::{is_mount_point, remove_tree};
@@ -86,7 +87,10 @@ impl Node {
     }
 
     /// Makes everything a Pod's containers share. Repeating it changes nothing.
-    pub(super) async fn set_up_sandbox(self: &Arc<Self>, request: &Request) -> Result<Vec<String>, Failure> {
+    pub(super) async fn set_up_sandbox(
+        self: &Arc<Self>,
+        request: &Request,
+    ) -> Result<(Vec<String>, Enforced), Failure> {
         let desired = &request.desired;
         let failed = |what: &str, error: String| {
             Failure::new("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {what}: {error}"))
@@ -116,12 +120,18 @@ impl Node {
         let kubelet_dir = self.kubelet_dir(desired.uid());
         let (shm, containers) = (dir.shm(), dir.containers());
         let host_ipc = spec.host_ipc == Some(true);
-        let files = blocking(move || -> Result<(), String> {
-            cgroups.ensure_pod(&cgroup_pod, false).map_err(|error| error.to_string())?;
+        let files = blocking(move || -> Result<Enforced, String> {
+            let enforced = cgroups
+                .ensure_pod(&cgroup_pod, false)
+                .and_then(|()| cgroups.enforced(&cgroups.pod_path(&cgroup_pod)))
+                .map_err(|error| error.to_string())?;
             for path in [&log_dir, &kubelet_dir, &shm, &containers] {
                 fs::create_dir_all(path).map_err(|error| format!("create {}: {error}", path.display()))?;
             }
-            if host_ipc { Ok(()) } else { mount_shm(&shm).map_err(|error| format!("mount {}: {error}", shm.display())) }
+            if !host_ipc {
+                mount_shm(&shm).map_err(|error| format!("mount {}: {error}", shm.display()))?;
+            }
+            Ok(enforced)
         });
         let network = async {
             self.network.set_up(&network_request).await.map_err(|error| match error {
@@ -135,7 +145,7 @@ impl Node {
             self.ensure_shim(desired.uid()).await.map_err(|error| failed("start the shim", error.to_string()))
         };
         let files = async { files.await.map_err(|error| failed("prepare cgroup and directories", error)) };
-        let ((), network, shim) = tokio::try_join!(files, network, shim)?;
+        let (enforced, network, shim) = tokio::try_join!(files, network, shim)?;
         if spec.share_process_namespace == Some(true) {
             shim.pid_namespace()
                 .await
@@ -144,7 +154,7 @@ impl Node {
         let ips = if host_network { self.addresses.clone() } else { network.ips.clone() };
         self.write_files(desired, &spec, &resolver, &ips, &names.hostname, &names.domain, &kernel_name)
             .map_err(|error| failed("write the Pod's files", error.to_string()))?;
-        Ok(ips.iter().map(ToString::to_string).collect())
+        Ok((ips.iter().map(ToString::to_string).collect(), enforced))
     }
 
     /// What a Pod's `/etc/resolv.conf` says; tells what is wrong with it.

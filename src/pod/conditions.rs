@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
 
 use super::model::{ContainerKind, Desired, Observed, Phase, Sandbox};
+use super::resize;
 use super::rules::could_restart_all;
 use super::status::api_time;
 
@@ -61,9 +62,12 @@ pub(super) fn conditions(
             message: Some(verdict.disruption_message.as_ref().unwrap_or(&verdict.message).clone()),
         });
     }
-    let generation = desired.pod.metadata.generation;
+    let generation = status.observed_generation;
     let mut list: Vec<PodCondition> = drafts.iter().map(|draft| build(draft, old, generation, now)).collect();
-    list.extend(old.iter().filter(|c| drafts.iter().all(|draft| draft.kind != c.type_)).cloned());
+    let resizes = [resize::status::PENDING, resize::status::IN_PROGRESS];
+    let own = |c: &&PodCondition| drafts.iter().any(|draft| draft.kind == c.type_) || resizes.contains(&&*c.type_);
+    list.extend(old.iter().filter(|c| !own(c)).cloned());
+    list.extend(resize::status::conditions(observed));
     list
 }
 

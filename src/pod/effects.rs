@@ -11,6 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::model::{Admission, Desired, Exit, Instance, Observed};
 use super::plan::Action;
+use super::resize::{Actuation, Decision};
+use crate::resources::cgroup::Enforced;
 
 /// An action with what it needs to know.
 #[derive(Clone, Debug)]
@@ -34,7 +36,13 @@ pub enum Outcome {
     SandboxUp {
         /// The Pod's IPs, the primary family first.
         pod_ips: Vec<String>,
+        /// The limits that the kernel has for the Pod's cgroup.
+        enforced: Option<Enforced>,
     },
+    /// Of [`Action::Allocate`].
+    Allocated(Box<Decision>),
+    /// Of [`Action::Resize`].
+    Resized(Box<Actuation>),
     /// Of any action without an answer: it is done.
     Done,
     /// Of [`Action::Start`]: the instance runs.

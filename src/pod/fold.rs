@@ -14,6 +14,8 @@ use super::model::{
 };
 use super::plan::Action;
 use super::probes::ProbeFacts;
+use super::resize;
+use super::resources::Resources;
 use super::rules::MIN_GRACE_AFTER_PRE_STOP_SECONDS;
 
 /// A retry of something that is neither a pull nor a restart, seconds (kubelet's `backOffPeriod`).
@@ -66,6 +68,7 @@ pub fn from_status(desired: &Desired, known: &PodStatus) -> Observed {
         pod_ips: known.pod_ips.iter().flatten().map(|ip| ip.ip.clone()).collect(),
         ..Observed::default()
     };
+    observed.resize.allocated = resize::from_status(desired, known);
     match known.phase.as_deref() {
         Some("Succeeded") => observed.final_phase = Some(Phase::Succeeded),
         Some("Failed") => observed.final_phase = Some(Phase::Failed),
@@ -126,6 +129,7 @@ fn facts_from(status: &ContainerStatus) -> ContainerFacts {
             stop: None,
             exit: Some(exit),
             user: None,
+            resources: None,
         });
         facts.next_attempt = restart_count + 1;
     } else if restart_count > 0 || facts.previous.is_some() {
@@ -155,6 +159,11 @@ pub fn lost(id: String, started_at: Option<Timestamp>) -> Exit {
 /// Notes that an action begins: what a crash from here on must not forget.
 pub fn begin(desired: &Desired, observed: &mut Observed, action: &Action, now: Timestamp) {
     match action {
+        // what admission is asked for is what is set aside if it says yes
+        Action::Admit => {
+            observed.resize.allocated.get_or_insert_with(|| Resources::of(&desired.pod));
+        }
+        Action::SetUpSandbox => observed.resize.actuated.clone_from(&observed.resize.allocated),
         Action::Start(name) => {
             let facts = observed.containers.entry(name.clone()).or_default();
             facts.tried_image = desired.container(name).map(|spec| spec.image().to_owned());
@@ -287,9 +296,10 @@ pub fn outcome(
             observed.volumes_mounted = true;
             unblock(observed, "FailedMount")
         }
-        (Action::SetUpSandbox, Outcome::SandboxUp { pod_ips }) => {
+        (Action::SetUpSandbox, Outcome::SandboxUp { pod_ips, enforced }) => {
             observed.sandbox = Sandbox::Ready;
             observed.pod_ips.clone_from(pod_ips);
+            observed.resize.enforced = *enforced;
             unblock(observed, "FailedCreatePodSandBox")
         }
         (Action::ClearSandbox, Outcome::Done) => {
@@ -297,6 +307,8 @@ pub fn outcome(
             observed.volumes_mounted = false;
             unblock(observed, super::plan::TEAR_DOWN_FAILED)
         }
+        (Action::Allocate, Outcome::Allocated(decision)) => resize::decided(desired, observed, decision, now),
+        (Action::Resize, Outcome::Resized(actuation)) => resize::actuated(desired, observed, actuation, now),
         (Action::TearDown, Outcome::Done) => {
             observed.torn_down = true;
             observed.blocked = None;
@@ -455,6 +467,7 @@ fn post_start_failed(
         signalled: false,
         killed: false,
         message: "FailedPostStartHook".to_owned(),
+        restart: false,
     });
     vec![Notice::container(name, &failure.reason, failure.message.clone())]
 }

@@ -11,6 +11,8 @@ pub mod model;
 pub mod plan;
 pub mod probe;
 pub mod probes;
+pub mod resize;
+pub mod resources;
 mod restart_all;
 pub mod rules;
 #[cfg(test)]

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::backoff::Backoff;
 use super::probes::ProbeFacts;
+use super::resize::Resize;
+use super::resources::CpuMemory;
 
 /// Which of a Pod's lists a container stands in; decides order, restarts and its part in the phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,8 +68,10 @@ impl ContainerSpec {
 /// What the Pod's source wants now.
 #[derive(Clone, Debug)]
 pub struct Desired {
-    /// The Pod as last seen.
+    /// The Pod as it is to run here: as last seen, with the resources that the node has set aside for it.
     pub pod: Arc<Pod>,
+    /// The Pod as last seen; the same as `pod` unless other resources are wanted ([`super::resize`]).
+    pub wanted: Arc<Pod>,
     /// Its containers: init and sidecar in order, then main, then ephemeral.
     pub containers: Arc<[ContainerSpec]>,
     /// The node's cap on `CrashLoopBackOff` (KEP-5593), seconds.
@@ -111,7 +115,7 @@ impl Desired {
             .as_ref()
             .and_then(|a| a.get("kubernetes.io/config.source"))
             .is_some_and(|source| source != "api");
-        Self { pod, containers: containers.into(), max_restart_delay: 300, is_static }
+        Self { wanted: pod.clone(), pod, containers: containers.into(), max_restart_delay: 300, is_static }
     }
 
     /// The Pod's UID.
@@ -213,6 +217,8 @@ pub struct Observed {
     pub host_ips: Vec<String>,
     /// Phases Succeeded and Failed are final: the one that was first computed after the end.
     pub final_phase: Option<Phase>,
+    /// Resources: what was set aside, and changes of it.
+    pub resize: Resize,
 }
 
 /// `status.phase`.
@@ -360,6 +366,9 @@ pub struct Instance {
     pub exit: Option<Exit>,
     /// The user it runs as: uid, gid, supplementary groups (`status.user.linux`).
     pub user: Option<(i64, i64, Vec<i64>)>,
+    /// What its cgroup was made from, and changed to since.
+    #[serde(default)]
+    pub resources: Option<CpuMemory>,
 }
 
 impl Instance {
@@ -420,6 +429,9 @@ pub struct Stop {
     pub killed: bool,
     /// For the `Killing` event.
     pub message: String,
+    /// It is stopped to be started anew, whatever its restart policy and without back-off.
+    #[serde(default)]
+    pub restart: bool,
 }
 
 /// The end of the Pod as a whole, requested from outside or by a rule.

@@ -14,6 +14,7 @@ use super::model::{
     Verdict,
 };
 use super::probes::ProbeKind;
+use super::resources::CpuMemory;
 use super::restart_all;
 use super::rules::{active_deadline, finished, grace_seconds, next_try, phase_when_ended, restarts, restarts_all};
 
@@ -42,6 +43,10 @@ pub enum Action {
     Term(String),
     /// Send KILL to everything in the container.
     Kill(String),
+    /// Decide whether there is room for the resources that are wanted now.
+    Allocate,
+    /// Bring the cgroups of the Pod and its containers to what was allocated.
+    Resize,
     /// Run a probe once.
     Probe(String, ProbeKind),
     /// Remove containers, sandbox, volumes and cgroups.
@@ -62,13 +67,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    fn act(&mut self, running: &BTreeSet<Action>, action: Action) {
+    pub(super) fn act(&mut self, running: &BTreeSet<Action>, action: Action) {
         if !running.contains(&action) {
             self.actions.push(action);
         }
     }
 
-    fn wake(&mut self, at: Timestamp) {
+    pub(super) fn wake(&mut self, at: Timestamp) {
         self.wake_at = Some(self.wake_at.map_or(at, |other| other.min(at)));
     }
 }
@@ -77,6 +82,10 @@ impl Plan {
 pub fn settle(desired: &Desired, observed: &mut Observed, running: &BTreeSet<Action>, now: Timestamp) {
     observed.start_time.get_or_insert(now);
     settle_termination(desired, observed, now);
+    if observed.termination.is_none() {
+        resume(observed, now);
+    }
+    super::resize::settle(desired, observed, running, now);
     let ending = observed.termination.is_some() || finished(desired, observed).is_some();
     if !ending {
         settle_images(desired, observed, running);
@@ -98,6 +107,20 @@ pub fn settle(desired: &Desired, observed: &mut Observed, running: &BTreeSet<Act
         let phase =
             finished(desired, observed).filter(|_| observed.termination.as_ref().is_none_or(|t| t.verdict.is_none()));
         observed.final_phase = Some(phase.unwrap_or_else(|| phase_when_ended(desired, observed)));
+    }
+}
+
+/// A container that was stopped to be started anew has not ended: it waits for its next start, which is no restart of
+/// the back-off table.
+fn resume(observed: &mut Observed, now: Timestamp) {
+    for facts in observed.containers.values_mut() {
+        let stopped = |instance: &Instance| instance.stop.as_ref().is_some_and(|stop| stop.restart);
+        let Some(exit) = facts.current.take_if(|i| stopped(i) && i.exit.is_some()).and_then(|i| i.exit) else {
+            continue;
+        };
+        let after = exit.finished_at.map_or(now, |at| at + SignedDuration::from_millis(1));
+        facts.restart_backoff.raised_at = Some(after.max(now));
+        facts.previous = Some(exit);
     }
 }
 
@@ -154,7 +177,8 @@ impl Termination {
     }
 }
 
-/// Instances to stop although the Pod goes on: condemned by a probe, or of another image than wanted.
+/// Instances to stop although the Pod goes on: condemned by a probe, of another image than wanted, or to be resized in
+/// a way that needs a new one.
 fn settle_restarts(desired: &Desired, observed: &mut Observed, now: Timestamp) {
     for spec in desired.containers.iter() {
         let Some(facts) = observed.containers.get_mut(spec.name()) else { continue };
@@ -165,9 +189,22 @@ fn settle_restarts(desired: &Desired, observed: &mut Observed, now: Timestamp) {
             let word = kind.as_str().to_lowercase();
             let message = format!("Container {} failed {word} probe, will be restarted", spec.name());
             begin_stop(instance, now, now + SignedDuration::from_secs(grace), message);
-        } else if spec.kind != ContainerKind::Ephemeral && instance.requested_image != spec.image() {
-            let message = format!("Container {} definition changed, will be restarted", spec.name());
+            continue;
+        }
+        if spec.kind == ContainerKind::Ephemeral {
+            continue;
+        }
+        let wants = || CpuMemory::of(&desired.pod, &spec.container);
+        let message = if instance.requested_image != spec.image() {
+            format!("Container {} definition changed, will be restarted", spec.name())
+        } else if instance.resources.is_some_and(|has| super::resize::needs_restart(spec, &has, &wants())) {
+            format!("Container {} resize requires restart", spec.name())
+        } else {
+            continue;
+        };
+        if instance.stop.is_none() {
             begin_stop(instance, now, now + SignedDuration::from_secs(grace_seconds(desired)), message);
+            instance.stop.iter_mut().for_each(|stop| stop.restart = true);
         }
     }
 }
@@ -190,8 +227,15 @@ pub(super) fn begin_stop(instance: &mut Instance, now: Timestamp, deadline: Time
     match &mut instance.stop {
         Some(stop) => stop.deadline = stop.deadline.min(deadline),
         None => {
-            instance.stop =
-                Some(Stop { since: now, deadline, pre_stopped: false, signalled: false, killed: false, message });
+            instance.stop = Some(Stop {
+                since: now,
+                deadline,
+                pre_stopped: false,
+                signalled: false,
+                killed: false,
+                message,
+                restart: false,
+            });
         }
     }
 }
@@ -248,9 +292,12 @@ pub fn plan(desired: &Desired, observed: &Observed, running: &BTreeSet<Action>, 
             plan.cancel.push(action.clone());
         }
     }
+    let may_start = super::resize::plan(desired, observed, running, now, &mut plan);
     let ready = plan_sandbox(observed, running, now, &mut plan);
     if ready && observed.restarting_all.is_none() {
-        plan_starts(desired, observed, running, now, &mut plan);
+        if may_start {
+            plan_starts(desired, observed, running, now, &mut plan);
+        }
         plan_probes(desired, observed, running, now, &mut plan);
     }
     plan
@@ -498,6 +545,7 @@ mod tests {
             stop: None,
             exit: None,
             user: None,
+            resources: None,
         });
         facts.next_attempt = 1;
     }

@@ -136,6 +136,7 @@ mod tests {
             stop: None,
             exit: None,
             user: None,
+            resources: None,
         };
         let outcome = crate::pod::effects::Outcome::Started(Box::new(instance));
         fold::outcome(desired, observed, &action, &outcome, at(second));

@@ -10,9 +10,10 @@ use std::time::Duration;
 use fastrand::Rng;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{
-    Container, ContainerRestartRule, ContainerRestartRuleOnExitCodes, Lifecycle, LifecycleHandler, Pod, PodSpec,
-    PodStatus, Probe,
+    Container, ContainerResizePolicy, ContainerRestartRule, ContainerRestartRuleOnExitCodes, Lifecycle,
+    LifecycleHandler, Pod, PodSpec, PodStatus, Probe, ResourceRequirements,
 };
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
@@ -21,6 +22,8 @@ use super::effects::{ApiAnswer, Effects, Failure, Outcome, Request, RuntimeEvent
 use super::fold::{self, Found};
 use super::model::{Admission, Desired, Exit, Instance, Observed};
 use super::plan::Action;
+use super::resize::{self, Actuation, Decision, Verdict};
+use super::resources::{CpuMemory, Resources};
 use super::worker::{Message, Worker};
 
 const EPOCH: i64 = 1_800_000_000;
@@ -46,6 +49,10 @@ struct State {
     /// Steps that workers took, in all lives.
     steps: u64,
     lost: bool,
+    /// What the kernel has for each instance's cgroup.
+    sizes: BTreeMap<String, CpuMemory>,
+    resized_at: Timestamp,
+    deferrals: u32,
     over: bool,
 }
 
@@ -148,7 +155,9 @@ impl Life {
             stop: None,
             exit: None,
             user: None,
+            resources: request.desired.container(name).map(|c| CpuMemory::of(&request.desired.pod, &c.container)),
         };
+        world.state().sizes.insert(instance.id.clone(), instance.resources.unwrap());
         // as the node does: what an interrupted life created and never started goes first
         {
             let mut state = world.state();
@@ -195,7 +204,8 @@ impl Life {
                 .filter(|c| c.name == name)
                 .filter_map(|c| c.instance.exit.as_ref()?.finished_at)
                 .collect();
-            if let Some(finished) = exits.last() {
+            // one that the node stopped to start it anew is no crash
+            if let Some(finished) = exits.last().filter(|_| facts.current.is_some()) {
                 state.crashes.entry(name.to_owned()).or_default().push((*finished, now));
             }
             if let Some(fake) = state.containers.iter_mut().find(|c| c.instance.id == instance.id) {
@@ -214,6 +224,38 @@ impl Life {
         });
         self.step(20).await;
         Outcome::Started(Box::new(instance))
+    }
+
+    /// There is no room now and then, but not for ever.
+    async fn allocate(&self, request: &Request) -> Outcome {
+        self.step(30).await;
+        let mut state = self.world.state();
+        let verdict = if state.deferrals < 2 && state.rng.u8(0..5) == 0 {
+            state.deferrals += 1;
+            Verdict::Deferred("no room".to_owned())
+        } else {
+            Verdict::Granted
+        };
+        let wanted = &request.desired.wanted;
+        let generation = wanted.metadata.generation;
+        Outcome::Allocated(Box::new(Decision { wanted: Resources::of(wanted), generation, verdict }))
+    }
+
+    /// Container by container; it may fail, or the agent may die, after any of them.
+    async fn resize(&self, request: &Request) -> Outcome {
+        let mut actuation = Actuation::default();
+        for (_, instance, _, wants) in resize::changes(&request.desired, &request.observed) {
+            self.step(20).await;
+            if self.chance(15) {
+                actuation.error = Some("cannot decrease memory limits".to_owned());
+                return Outcome::Resized(Box::new(actuation));
+            }
+            self.world.state().sizes.insert(instance.id.clone(), wants);
+            actuation.containers.push((instance.id.clone(), wants));
+        }
+        self.step(20).await;
+        actuation.pod = Some(Resources::of(&request.desired.pod));
+        Outcome::Resized(Box::new(actuation))
     }
 
     fn signal(&self, request: &Request, name: &str, kill: bool) -> Outcome {
@@ -270,8 +312,10 @@ impl Effects for Life {
                     return failed;
                 }
                 self.world.state().sandbox = true;
-                Outcome::SandboxUp { pod_ips: vec!["10.0.0.2".to_owned()] }
+                Outcome::SandboxUp { pod_ips: vec!["10.0.0.2".to_owned()], enforced: None }
             }
+            Action::Allocate => self.allocate(&request).await,
+            Action::Resize => self.resize(&request).await,
             Action::ClearSandbox => {
                 if let Some(failed) = flaky(self, "FailedKillPod") {
                     return failed;
@@ -337,6 +381,7 @@ impl Effects for Life {
             let old = pod.status.replace(status.clone()).unwrap_or_default();
             pod.metadata.resource_version = Some(version.clone());
             check_transition(self.world.seed, &old, &status);
+            check_sizes(self.world.seed, &state, &status);
             ApiAnswer::Accepted { status: Box::new(status), resource_version: Some(version) }
         };
         // the answer may be lost on its way although the server has it
@@ -389,6 +434,57 @@ impl Effects for Life {
     }
 }
 
+/// A status of the newest generation without a word on a resize means that every container has what is wanted.
+fn check_sizes(seed: u64, state: &State, status: &PodStatus) {
+    let Some(pod) = &state.pod else { return };
+    let ending = pod.metadata.deletion_timestamp.is_some()
+        || state.record.as_ref().is_none_or(|r| r.termination.is_some() || r.final_phase.is_some());
+    let resizes = [resize::status::PENDING, resize::status::IN_PROGRESS];
+    let told = status.conditions.iter().flatten().any(|c| resizes.contains(&&*c.type_));
+    if ending || told || status.observed_generation != pod.metadata.generation {
+        return;
+    }
+    for (name, has, wants) in sizes(state, pod) {
+        assert!(has == wants, "seed {seed}: {name} has {has:?} instead of {wants:?}, and the status says nothing");
+    }
+}
+
+/// Running containers with what they have and what is wanted for them.
+fn sizes<'a>(state: &'a State, pod: &Pod) -> Vec<(&'a str, CpuMemory, CpuMemory)> {
+    let desired = Desired::new(Arc::new(pod.clone()));
+    let running = state.containers.iter().filter(|c| c.instance.started_at.is_some() && c.instance.exit.is_none());
+    let sized = running.filter_map(|c| {
+        let wants = CpuMemory::of(pod, &desired.container(&c.name)?.container);
+        Some((c.name.as_str(), state.sizes[&c.instance.id], wants))
+    });
+    sized.collect()
+}
+
+/// Somebody patches the `resize` subresource.
+fn request_resize(world: &Arc<World>) {
+    let now = world.now();
+    let mut state = world.state();
+    state.version += 1;
+    let (version, cpu, which) = (state.version.to_string(), state.rng.u32(1..9) * 100, state.rng.usize(0..8));
+    let Some(pod) = state.pod.as_mut().filter(|pod| pod.metadata.deletion_timestamp.is_none()) else { return };
+    let spec = pod.spec.as_mut().unwrap();
+    let mut containers: Vec<_> = spec.init_containers.iter_mut().flatten().chain(&mut spec.containers).collect();
+    let index = which % containers.len();
+    containers[index].resources = Some(cpu_request(cpu));
+    pod.metadata.generation = pod.metadata.generation.map(|generation| generation + 1);
+    pod.metadata.resource_version = Some(version);
+    let desired = Desired::new(Arc::new(pod.clone()));
+    state.resized_at = now;
+    if let Some(worker) = &state.worker {
+        let _ = worker.try_send(Message::Desired(Box::new(desired)));
+    }
+}
+
+fn cpu_request(milli: u32) -> ResourceRequirements {
+    let requests = [("cpu".to_owned(), Quantity(format!("{milli}m")))].into();
+    ResourceRequirements { requests: Some(requests), ..ResourceRequirements::default() }
+}
+
 fn check_transition(seed: u64, old: &PodStatus, new: &PodStatus) {
     let terminal = |s: &PodStatus| matches!(s.phase.as_deref(), Some("Succeeded" | "Failed"));
     assert!(!terminal(old) || old.phase == new.phase, "seed {seed}: left phase {:?} for {:?}", old.phase, new.phase);
@@ -420,6 +516,11 @@ fn generate(rng: &mut Rng) -> Pod {
             readiness_probe: probe(rng),
             startup_probe: (rng.u8(0..4) == 0).then(|| probe(rng)).flatten(),
             lifecycle: Some(Lifecycle { post_start: hook(rng), pre_stop: hook(rng), stop_signal: None }),
+            resources: Some(cpu_request(100)),
+            resize_policy: (rng.u8(0..4) == 0).then(|| {
+                let restart_policy = "RestartContainer".to_owned();
+                vec![ContainerResizePolicy { resource_name: "cpu".to_owned(), restart_policy }]
+            }),
             ..Container::default()
         }
     };
@@ -432,6 +533,7 @@ fn generate(rng: &mut Rng) -> Pod {
             one.restart_policy = Some("Always".to_owned());
         } else {
             (one.liveness_probe, one.readiness_probe, one.startup_probe, one.lifecycle) = (None, None, None, None);
+            one.resize_policy = None;
         }
         init.push(one);
     }
@@ -448,6 +550,7 @@ fn generate(rng: &mut Rng) -> Pod {
             namespace: Some("default".to_owned()),
             uid: Some("uid".to_owned()),
             resource_version: Some("1".to_owned()),
+            generation: Some(1),
             ..ObjectMeta::default()
         },
         spec: Some(PodSpec {
@@ -477,6 +580,7 @@ async fn live(seed: u64) {
     };
     let delete_after = rng.u64(0..longest);
     let shorten = rng.u8(0..4) == 0;
+    let resizes = rng.u8(0..2) == 0;
     let world = Arc::new(World {
         seed,
         origin: Instant::now(),
@@ -493,6 +597,9 @@ async fn live(seed: u64) {
             crashes: BTreeMap::new(),
             steps: 0,
             lost: false,
+            sizes: BTreeMap::new(),
+            resized_at: Timestamp::UNIX_EPOCH,
+            deferrals: 0,
             over: false,
         }),
     });
@@ -518,7 +625,12 @@ async fn live(seed: u64) {
         if !world.state().lost && rng.u8(0..20) == 0 {
             lose_sandbox(&world);
         }
+        // the first third is for changes: by the end they are through
+        if resizes && world.origin.elapsed() < Duration::from_secs(delete_after / 3) && rng.u8(0..3) == 0 {
+            request_resize(&world);
+        }
         if quiet {
+            check_settled(&world, crash_every);
             let grace = world.state().pod.as_ref().and_then(|p| p.spec.as_ref()?.termination_grace_period_seconds);
             let grace = if shortened || shorten { 1 } else { grace.unwrap_or(30) };
             shortened |= shorten;
@@ -534,6 +646,20 @@ async fn live(seed: u64) {
     // who is restarted with all others waits for the one that was the cause, and has no table of its own
     for (name, restarts) in state.crashes.iter().filter(|_| !restarts_all) {
         check_back_off(seed, name, restarts);
+    }
+}
+
+/// Without crashes, what was wanted ten minutes ago has come about.
+fn check_settled(world: &Arc<World>, crash_every: u64) {
+    let state = world.state();
+    let Some(pod) = state.pod.as_ref().filter(|pod| pod.metadata.deletion_timestamp.is_none()) else { return };
+    let ending = state.record.as_ref().is_none_or(|r| r.termination.is_some() || r.final_phase.is_some());
+    if crash_every != 0 || ending || world.now().duration_since(state.resized_at) < SignedDuration::from_mins(10) {
+        return;
+    }
+    let termed = |name: &str| state.containers.iter().any(|c| c.name == name && c.termed_at.is_some());
+    for (name, has, wants) in sizes(&state, pod).into_iter().filter(|(name, ..)| !termed(name)) {
+        assert!(has == wants, "seed {}: {name} has {has:?} instead of {wants:?} for ten minutes", world.seed);
     }
 }
 

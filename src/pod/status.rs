@@ -11,6 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::conditions::conditions;
 use super::model::{Admission, ContainerFacts, ContainerKind, ContainerSpec, Desired, Exit, Observed, Phase};
+use super::resize;
 use super::rules::{go_seconds, restarts};
 use crate::resources::qos::compute_qos_class;
 
@@ -30,7 +31,7 @@ pub fn status(desired: &Desired, observed: &Observed, base: &PodStatus, now: Tim
     let mut status = PodStatus {
         phase: Some(phase.as_str().to_owned()),
         start_time: observed.start_time.map(api_time),
-        observed_generation: desired.pod.metadata.generation,
+        observed_generation: resize::observed_generation(desired, observed, base.observed_generation),
         // the API server has written it for all but static Pods
         qos_class: base.qos_class.clone().or_else(|| Some(compute_qos_class(&desired.pod).as_str().to_owned())),
         ..base.clone()
@@ -63,6 +64,8 @@ pub fn status(desired: &Desired, observed: &Observed, base: &PodStatus, now: Tim
     status.init_container_statuses = statuses(&[ContainerKind::Init, ContainerKind::Sidecar]);
     status.container_statuses = statuses(&[ContainerKind::Main]).map(sorted);
     status.ephemeral_container_statuses = statuses(&[ContainerKind::Ephemeral]).map(sorted);
+    status.allocated_resources = resize::status::pod_allocated(desired);
+    status.resources = Some(resize::status::pod_resources(desired, observed, phase));
     status.conditions = Some(conditions(desired, observed, &status, base, phase, now));
     status
 }
@@ -88,7 +91,7 @@ pub fn phase(desired: &Desired, observed: &Observed) -> Phase {
     let mut ran = false;
     for spec in desired.of_kind(ContainerKind::Main) {
         match observed.containers.get(spec.name()) {
-            Some(facts) if facts.is_running() || facts.exit().is_some() => ran = true,
+            Some(facts) if facts.is_running() || facts.exit().is_some() || facts.previous.is_some() => ran = true,
             _ => waits = true,
         }
     }
@@ -125,7 +128,10 @@ fn container_status(desired: &Desired, observed: &Observed, spec: &ContainerSpec
         state: Some(state),
         last_state: last_state
             .map(|exit| ContainerState { terminated: Some(terminated(exit, limit)), ..ContainerState::default() }),
-        resources: instance.and_then(|_| spec.container.resources.clone()),
+        resources: instance.map(|instance| {
+            let has = instance.resources.as_ref().filter(|_| running);
+            resize::status::container_resources(spec.container.resources.as_ref(), has)
+        }),
         allocated_resources: instance.and_then(|_| spec.container.resources.as_ref().and_then(|r| r.requests.clone())),
         user: instance.and_then(|i| i.user.clone()).map(|(uid, gid, groups)| ContainerUser {
             linux: Some(LinuxContainerUser { uid, gid, supplemental_groups: Some(groups) }),
@@ -322,6 +328,7 @@ mod tests {
             stop: None,
             exit: Some(exit),
             user: None,
+            resources: None,
         };
         let mut facts = ContainerFacts { current: Some(instance), next_attempt: 3, ..ContainerFacts::default() };
         facts.restart_backoff.delay = delay;

@@ -16,6 +16,7 @@ use super::effects::{ApiAnswer, Effects, Outcome, Request, RuntimeEvent};
 use super::fold;
 use super::model::{Admission, Desired, Exit, Observed, Termination, Verdict};
 use super::plan::{Action, Plan, plan, settle};
+use super::resize;
 use super::rules::grace_seconds;
 use super::status::status;
 
@@ -46,6 +47,8 @@ pub enum Message {
     Reported(Box<PodStatus>, ApiAnswer),
     /// A deletion is over.
     Deleted(ApiAnswer),
+    /// Other Pods have freed resources: a resize that waits for room may have it.
+    Room,
     /// The agent stops: leave everything as it is.
     Detach,
 }
@@ -60,6 +63,8 @@ pub struct Worker<E> {
     sender: mpsc::Sender<Message>,
     inbox: mpsc::Receiver<Message>,
     removed: bool,
+    /// [`Message::Room`] came, and was not acted on.
+    room: bool,
     /// Exits of instances whose start has not been reported yet: a quick process can be over before.
     early_exits: Vec<Exit>,
     api: ApiView,
@@ -85,7 +90,9 @@ impl<E: Effects> Worker<E> {
     pub fn new(effects: Arc<E>, desired: Desired, record: Option<Observed>) -> (Self, mpsc::Sender<Message>) {
         let (sender, inbox) = mpsc::channel(256);
         let known = desired.pod.status.clone().unwrap_or_default();
-        let observed = record.unwrap_or_else(|| fold::from_status(&desired, &known));
+        let mut observed = record.unwrap_or_else(|| fold::from_status(&desired, &known));
+        resize::complete_record(&desired, &mut observed);
+        let desired = desired.with_allocation(observed.resize.allocated.as_ref());
         let api = ApiView {
             status: known,
             resource_version: desired.pod.metadata.resource_version.clone(),
@@ -100,6 +107,7 @@ impl<E: Effects> Worker<E> {
             sender: sender.clone(),
             inbox,
             removed: false,
+            room: false,
             early_exits: Vec::new(),
             api,
         };
@@ -153,6 +161,12 @@ impl<E: Effects> Worker<E> {
         }
         let before: BTreeSet<Action> = self.running.keys().cloned().collect();
         let stops = fold::stops(&self.observed);
+        // an answer that is on its way may be older than the room
+        if self.room && !self.running.contains_key(&Action::Allocate) {
+            self.room = false;
+            resize::room(&mut self.observed, now);
+        }
+        let resized = self.observed.resize.progress.clone();
         settle(&self.desired, &mut self.observed, &before, now);
         if self.removed {
             self.end_removed(now);
@@ -162,6 +176,10 @@ impl<E: Effects> Worker<E> {
             if !stops.contains_key(&name) {
                 self.container_event(&name, false, "Killing", &message);
             }
+        }
+        if let Some(done) = resized.filter(|_| self.observed.resize.progress.is_none() && !self.is_ending()) {
+            let notice = resize::completed(&self.desired, done.generation);
+            self.effects.event(&self.desired, notice.warning, &notice.reason, &notice.message, None);
         }
         let plan = plan(&self.desired, &self.observed, &before, now);
         for action in &plan.actions {
@@ -177,6 +195,10 @@ impl<E: Effects> Worker<E> {
             self.perform(action.clone());
         }
         plan
+    }
+
+    fn is_ending(&self) -> bool {
+        self.observed.termination.is_some() || self.observed.final_phase.is_some()
     }
 
     /// A Pod whose source has dropped it ends with its own grace, whatever the source said last.
@@ -221,6 +243,7 @@ impl<E: Effects> Worker<E> {
         match message {
             Message::Desired(desired) => self.take_desired(*desired),
             Message::Removed => self.removed = true,
+            Message::Room => self.room = true,
             Message::Runtime(event) => self.take_runtime(event, now),
             Message::Terminate { verdict, grace } => {
                 let termination = self
@@ -274,7 +297,7 @@ impl<E: Effects> Worker<E> {
             self.api.sent = None;
         }
         self.api.resource_version = version;
-        self.desired = Arc::new(desired);
+        self.desired = Arc::new(desired.with_allocation(self.observed.resize.allocated.as_ref()));
     }
 
     fn take_outcome(&mut self, action: &Action, outcome: Outcome, now: Timestamp) {
@@ -290,6 +313,10 @@ impl<E: Effects> Worker<E> {
             }
         }
         match (action, &outcome) {
+            (Action::Allocate, _) => {
+                let allocated = self.observed.resize.allocated.as_ref();
+                self.desired = Arc::new(self.desired.with_allocation(allocated));
+            }
             (Action::Start(name), Outcome::StartError(_)) => self.back_off_event(name, now),
             (Action::Start(_), Outcome::Started(_)) => {
                 for exit in std::mem::take(&mut self.early_exits) {
@@ -311,6 +338,9 @@ impl<E: Effects> Worker<E> {
             return;
         };
         let Some(exit) = facts.exit() else { return };
+        if facts.current.as_ref().and_then(|instance| instance.stop.as_ref()).is_some_and(|stop| stop.restart) {
+            return;
+        }
         let wait = facts.restart_backoff.until(exit.finished_at.unwrap_or(now), self.desired.max_restart_delay);
         let ending = self.observed.termination.is_some() || self.desired.is_deleted() || self.removed;
         if !ending && super::rules::restarts(&self.desired, spec, exit) && wait.is_some_and(|until| until > now) {

@@ -185,6 +185,34 @@ pub fn pod_limits(pod: &Pod) -> Amounts {
     total
 }
 
+/// What the Pod requests of the node, as a list for its status.
+#[must_use]
+pub fn pod_requests_list(pod: &Pod) -> BTreeMap<String, Quantity> {
+    list(pod, &pod_requests(pod), |resources| resources.requests.as_ref())
+}
+
+/// The Pod's limits, as a list for its status.
+#[must_use]
+pub fn pod_limits_list(pod: &Pod) -> BTreeMap<String, Quantity> {
+    list(pod, &pod_limits(pod), |resources| resources.limits.as_ref())
+}
+
+/// Amounts as quantities, each written as the first of its name in the Pod is.
+fn list(
+    pod: &Pod,
+    amounts: &Amounts,
+    of: impl Fn(&ResourceRequirements) -> Option<&BTreeMap<String, Quantity>>,
+) -> BTreeMap<String, Quantity> {
+    let spec = pod.spec.as_ref();
+    let containers = spec.iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
+    let of_containers = containers.filter_map(|container| container.resources.as_ref());
+    let all: Vec<_> = spec.and_then(|s| s.resources.as_ref()).into_iter().chain(of_containers).collect();
+    let format = |name: &str| {
+        all.iter().find_map(|resources| of(resources)?.get(name)).map(quantity::Format::of).unwrap_or_default()
+    };
+    amounts.iter().map(|(name, nanos)| (name.to_owned(), quantity::from_nanos(nanos, format(name)))).collect()
+}
+
 /// A quantity in a Pod's manifest that is not one. Terminal: the manifest has to change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {source}")]

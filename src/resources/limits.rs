@@ -46,6 +46,33 @@ pub struct Limits {
     pub unified: BTreeMap<String, String>,
 }
 
+impl Limits {
+    /// The part that a change of cpu resources concerns.
+    #[must_use]
+    pub fn of_cpu(&self) -> Self {
+        let unified = self.unified.iter().filter(|(file, _)| file.starts_with("cpu."));
+        Self {
+            cpu_shares: self.cpu_shares,
+            cpu_quota: self.cpu_quota,
+            cpu_period: self.cpu_period,
+            unified: unified.map(|(file, value)| (file.clone(), value.clone())).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// The part that a change of memory resources concerns.
+    #[must_use]
+    pub fn of_memory(&self) -> Self {
+        let unified = self.unified.iter().filter(|(file, _)| file.starts_with("memory."));
+        Self {
+            memory: self.memory,
+            memory_and_swap: self.memory_and_swap,
+            unified: unified.map(|(file, value)| (file.clone(), value.clone())).collect(),
+            ..Self::default()
+        }
+    }
+}
+
 /// `memorySwap.swapBehavior`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SwapBehavior {
@@ -156,6 +183,33 @@ pub fn shares_to_weight(shares: u64) -> u64 {
     1 + (shares.clamp(MIN_SHARES, MAX_SHARES) - MIN_SHARES) * 9999 / (MAX_SHARES - MIN_SHARES)
 }
 
+/// `cpu.shares` of a cgroup with this `cpu.weight`; the inverse of [`shares_to_weight`] but for rounding.
+#[must_use]
+pub fn weight_to_shares(weight: u64) -> u64 {
+    (weight.max(1) - 1) * (MAX_SHARES - MIN_SHARES) / 9999 + MIN_SHARES
+}
+
+/// `cpu.weight` that a container runtime gives a container with these shares: unlike [`shares_to_weight`] the default
+/// of the one is the default of the other (1024 and 100). Source: `opencontainers/cgroups`, and libcontainer after it.
+#[must_use]
+#[allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the formula is one of real numbers between 1 and 10000"
+)]
+pub fn container_weight(shares: u64) -> u64 {
+    match shares {
+        0..=MIN_SHARES => 1,
+        MAX_SHARES.. => 10_000,
+        shares => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            (10_f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
+        }
+    }
+}
+
 /// Limits of one container.
 ///
 /// `exclusive_cpus`: the cpu manager gave the container processors of its own, which a quota would only slow down.
@@ -184,7 +238,8 @@ pub fn container_limits(pod: &Pod, container: &Container, policy: &LimitPolicy, 
 }
 
 /// A container's own limits; where it has none, those of the Pod as a whole.
-fn effective(pod: &Pod, own: &Amounts) -> Amounts {
+#[must_use]
+pub fn effective(pod: &Pod, own: &Amounts) -> Amounts {
     let mut limits = own.clone();
     if amounts::has_pod_level_resources(pod) {
         let pod_level = amounts::limits(pod.spec.as_ref().and_then(|s| s.resources.as_ref()));
@@ -221,17 +276,31 @@ fn swap(pod: &Pod, requests: &Amounts, own: &Amounts, policy: &LimitPolicy, resu
         return;
     }
     let request = requests.value(MEMORY);
-    let limited = policy.swap_behavior == SwapBehavior::LimitedSwap
-        && !qos::is_critical(pod)
-        && qos::qos_class(pod) == QosClass::Burstable
-        && request != own.value(MEMORY)
-        && (1..=policy.memory_capacity).contains(&request);
+    let limited = may_swap(pod, requests, own, policy) && (1..=policy.memory_capacity).contains(&request);
     let bytes = if limited {
         i128::from(request) * i128::from(policy.swap_capacity) / i128::from(policy.memory_capacity)
     } else {
         0
     };
     result.unified.insert("memory.swap.max".into(), bytes.to_string());
+}
+
+/// Whether a container gets swap (`GetContainerSwapBehavior`).
+fn may_swap(pod: &Pod, requests: &Amounts, own: &Amounts, policy: &LimitPolicy) -> bool {
+    policy.swap_behavior == SwapBehavior::LimitedSwap
+        && policy.swap_controller
+        && policy.cgroup_v2
+        && !qos::is_critical(pod)
+        && qos::qos_class(pod) == QosClass::Burstable
+        // neither also means equal
+        && requests.value(MEMORY) != own.value(MEMORY)
+}
+
+/// Whether a container with these resources gets swap.
+#[must_use]
+pub fn swaps(pod: &Pod, container: &Container, policy: &LimitPolicy) -> bool {
+    let resources = container.resources.as_ref();
+    may_swap(pod, &amounts::requests(resources), &amounts::limits(resources), policy)
 }
 
 fn memory_qos(pod: &Pod, requests: &Amounts, own: &Amounts, policy: &LimitPolicy, result: &mut Limits) {
@@ -370,6 +439,11 @@ mod tests {
         assert_eq!(milli_cpu_to_shares(i64::MAX), MAX_SHARES);
         assert_eq!((shares_to_weight(2), shares_to_weight(1024), shares_to_weight(MAX_SHARES)), (1, 39, 10_000));
         assert_eq!(quota_to_milli_cpu(50_000, 100_000), 500);
+        assert_eq!((weight_to_shares(1), weight_to_shares(39), weight_to_shares(10_000)), (2, 998, MAX_SHARES));
+        // the table of the runtime's release notes
+        for (shares, weight) in [(2, 1), (1024, 100), (102, 17), (MAX_SHARES, 10_000), (0, 1)] {
+            assert_eq!(container_weight(shares), weight, "{shares}");
+        }
     }
 
     #[test]

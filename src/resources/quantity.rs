@@ -105,6 +105,46 @@ pub fn from_bytes(bytes: i64) -> Quantity {
     Quantity(format!("{value}{suffix}"))
 }
 
+/// How a quantity is written; sums keep the form of what they are made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// `500m`, `2`, `1M`.
+    #[default]
+    Decimal,
+    /// `64Mi`.
+    Binary,
+}
+
+impl Format {
+    /// The form in which `quantity` is written.
+    #[must_use]
+    pub fn of(quantity: &Quantity) -> Self {
+        if quantity.0.ends_with('i') { Self::Binary } else { Self::Decimal }
+    }
+}
+
+/// A quantity of billionths in its canonical form: no fraction, the largest suffix that loses nothing.
+#[must_use]
+pub fn from_nanos(nanos: i128, format: Format) -> Quantity {
+    // small numbers and fractions have no binary form
+    if format == Format::Binary
+        && nanos % NANOS == 0
+        && nanos.abs() >= 1024 * NANOS
+        && let Ok(bytes) = i64::try_from(nanos / NANOS)
+    {
+        return from_bytes(bytes);
+    }
+    let (mut value, mut power) = (nanos, 0);
+    while value != 0 && value % 1000 == 0 && power < DECIMAL_SUFFIXES.len() - 1 {
+        (value, power) = (value / 1000, power + 1);
+    }
+    let suffix = if value == 0 { "" } else { DECIMAL_SUFFIXES[power] };
+    Quantity(format!("{value}{suffix}"))
+}
+
+/// From billionths upwards, a thousand apart.
+const DECIMAL_SUFFIXES: [&str; 10] = ["n", "u", "m", "", "k", "M", "G", "T", "P", "E"];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,12 +189,30 @@ mod tests {
         assert_eq!(from_milli(2000).0, "2");
         assert_eq!(from_bytes(64 << 20).0, "64Mi");
         assert_eq!(from_bytes(1_000_000).0, "1000000");
+        for (nanos, format, text) in [
+            (0, Format::Binary, "0"),
+            (5 * NANOS, Format::Binary, "5"),
+            (64 * 1024 * NANOS, Format::Binary, "64Ki"),
+            (NANOS / 2, Format::Binary, "500m"),
+            (1_500_000_000, Format::Decimal, "1500m"),
+            (100_000_000 * NANOS, Format::Decimal, "100M"),
+            (7, Format::Decimal, "7n"),
+        ] {
+            assert_eq!(from_nanos(nanos, format).0, text);
+        }
     }
 
     proptest::proptest! {
         #[test]
         fn never_panics(text in "[-+]?[0-9.]{0,50}[a-zA-Z]{0,3}[0-9-]{0,4}") {
             let _ = nanos(&text);
+        }
+
+        #[test]
+        fn what_is_written_can_be_read(nanos in 0_i128..1 << 80, binary in proptest::bool::ANY) {
+            let format = if binary { Format::Binary } else { Format::Decimal };
+            let text = from_nanos(nanos, format);
+            proptest::prop_assert_eq!(super::nanos(&text.0), Ok(nanos), "{}", text.0);
         }
 
         #[test]

@@ -9,6 +9,7 @@ mod hierarchy;
 mod names;
 mod nested;
 mod remove;
+mod resize;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,6 +23,7 @@ pub(crate) use apply::page_size_name;
 pub use hierarchy::{Hierarchy, LegacyMount};
 pub use names::{Driver, Names};
 pub use nested::enter_own_cgroup;
+pub use resize::{ContainerChange, Enforced};
 
 use super::limits::{self, LimitPolicy, Limits, MIN_SHARES};
 use super::qos::{self, QosClass};
@@ -331,10 +333,10 @@ mod tests {
     use super::*;
 
     /// A tree of its own in the real hierarchies, gone when dropped.
-    struct Scratch(CgroupTree, String);
+    pub(super) struct Scratch(pub(super) CgroupTree, String);
 
     impl Scratch {
-        fn new(driver: Driver) -> Self {
+        pub(super) fn new(driver: Driver) -> Self {
             let name = format!("gantrytest{:x}", fastrand::u64(..));
             let root = match driver {
                 Driver::Cgroupfs => format!("/{name}"),
@@ -343,6 +345,11 @@ mod tests {
             let policy = LimitPolicy { memory_capacity: 8 << 30, pod_pids_limit: Some(64), ..LimitPolicy::default() };
             let tree = CgroupTree::open(CgroupConfig { root: root.clone(), driver, policy }).unwrap();
             Self(tree, root)
+        }
+
+        /// A tree in a hierarchy of plain files, which is only read.
+        pub(super) fn around(hierarchy: Hierarchy) -> CgroupTree {
+            CgroupTree { hierarchy, names: Names::new(Driver::Cgroupfs, "/"), policy: LimitPolicy::default() }
         }
 
         fn read(&self, controller: &str, path: &str, file: &str) -> String {
@@ -357,7 +364,7 @@ mod tests {
         }
     }
 
-    fn example(uid: &str) -> Pod {
+    pub(super) fn example(uid: &str) -> Pod {
         let mut p = pod(vec![container("a", &[("cpu", "500m")], &[("cpu", "2"), ("memory", "64Mi")])]);
         p.metadata.uid = Some(uid.to_owned());
         p
