@@ -82,8 +82,11 @@ fn decide(desired: &Desired, observed: &mut Observed, verdict: Verdict, now: Tim
     (desired.with_allocation(observed.resize.allocated.as_ref()), notices)
 }
 
-/// What the API shows of resizes: (type, reason, observedGeneration), and the Pod's observedGeneration.
-fn shown(desired: &Desired, observed: &Observed) -> (Vec<(String, Option<String>, Option<i64>)>, Option<i64>) {
+/// A condition: type, reason, observedGeneration.
+type Shown = (String, Option<String>, Option<i64>);
+
+/// What the API shows of resizes, and the Pod's observedGeneration.
+fn shown(desired: &Desired, observed: &Observed) -> (Vec<Shown>, Option<i64>) {
     let base = PodStatus { observed_generation: Some(1), ..PodStatus::default() };
     let status = status_of(desired, observed, &base, at(100));
     let of_resize = |c: &k8s_openapi::api::core::v1::PodCondition| c.type_.starts_with("PodResize");
