@@ -235,7 +235,8 @@ mod tests {
         let desired = Desired::new(Arc::new(pod));
         let now = Timestamp::from_second(1_800_000_000).unwrap();
         let of = |observed: &Observed, base: &PodStatus| {
-            let list = conditions(&desired, observed, &PodStatus::default(), base, Phase::Pending, now);
+            let status = PodStatus { observed_generation: Some(3), ..PodStatus::default() };
+            let list = conditions(&desired, observed, &status, base, Phase::Pending, now);
             assert!(list.iter().all(|c| c.observed_generation == Some(3)));
             list.into_iter().find(|c| c.type_ == "Initialized").unwrap()
         };

@@ -574,9 +574,9 @@ async fn live(seed: u64) {
     // some are long enough for delays to reach their maximum and to be reset; frequent crashes come in short ones, so
     // that no seed costs much more than another
     let longest = match crash_every {
-        4 => 60,
-        _ if rng.u8(0..16) == 0 => 1_500,
-        _ => 200,
+        4 => 40,
+        _ if rng.u8(0..30) == 0 => 1_500,
+        _ => 100,
     };
     let delete_after = rng.u64(0..longest);
     let shorten = rng.u8(0..4) == 0;
