@@ -118,18 +118,49 @@ impl Place {
         path
     }
 
+    /// What was started with this place's directory among its arguments.
+    fn own_processes(&self) -> Vec<i32> {
+        let own = self.dir.path().to_string_lossy().into_owned();
+        let of = |entry: fs::DirEntry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let arguments = fs::read(entry.path().join("cmdline")).ok()?;
+            String::from_utf8_lossy(&arguments).contains(&own).then_some(pid)
+        };
+        fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(of).collect()
+    }
+
     fn shown(&self) -> (String, String) {
         let read = |name: &str| fs::read_to_string(self.path(name)).unwrap_or_default();
         (read("stdout"), read("stderr"))
     }
 }
 
+/// A test that fails in the middle leaves nothing either; one that succeeds has looked at what there was before.
 impl Drop for Place {
     fn drop(&mut self) {
-        for hierarchy in hierarchies() {
-            remove_cgroups(&hierarchy.join(&self.cgroup[1..]));
+        let cgroups: Vec<PathBuf> = hierarchies().iter().map(|root| root.join(&self.cgroup[1..])).collect();
+        if std::thread::panicking() {
+            // the node and its shims first, or they would go on
+            self.own_processes().into_iter().for_each(end);
+            cgroups.iter().for_each(|path| end_members(path));
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        cgroups.iter().for_each(|path| remove_cgroups(path));
+    }
+}
+
+fn end(pid: i32) {
+    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+}
+
+fn end_members(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            end_members(&entry.path());
         }
     }
+    let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    members.lines().filter_map(|line| line.parse().ok()).for_each(end);
 }
 
 /// Every writable cgroup hierarchy: that of version 2, or those of the controllers.
