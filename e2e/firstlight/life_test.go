@@ -18,10 +18,10 @@ import (
 	"gantry.local/e2e/internal/kit"
 )
 
-// shared gives the Pod a volume "work" at /work in all its containers.
+// shared gives the Pod a volume "work" at /data in all its containers.
 func shared(p *corev1.Pod) {
 	p.Spec.Volumes = append(p.Spec.Volumes, corev1.Volume{Name: "work", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}})
-	mount := corev1.VolumeMount{Name: "work", MountPath: "/work"}
+	mount := corev1.VolumeMount{Name: "work", MountPath: "/data"}
 	for i := range p.Spec.InitContainers {
 		p.Spec.InitContainers[i].VolumeMounts = append(p.Spec.InitContainers[i].VolumeMounts, mount)
 	}
@@ -71,16 +71,16 @@ func TestRestartAllContainers(t *testing.T) {
 	never := corev1.ContainerRestartPolicyNever
 	e.Create(e.Pod("again", "busybox:1.37", nil, kit.On(node), kit.Never, func(p *corev1.Pod) {
 		p.Spec.InitContainers = []corev1.Container{
-			container(e, "init", "echo init >> /work/log"),
-			sidecar(e, "helper", "echo helper >> /work/log; "+forever),
+			container(e, "init", "echo init >> /data/log"),
+			sidecar(e, "helper", "echo helper >> /data/log; "+forever),
 		}
-		source := container(e, "source", "echo source >> /work/log; if [ -f /work/done ]; then "+forever+"; fi; touch /work/done; sleep 3; exit 42")
+		source := container(e, "source", "echo source >> /data/log; if [ -f /data/done ]; then "+forever+"; fi; touch /data/done; sleep 3; exit 42")
 		source.RestartPolicy = &never
 		source.RestartPolicyRules = []corev1.ContainerRestartRule{{
 			Action:    corev1.ContainerRestartRuleActionRestartAllContainers,
 			ExitCodes: &corev1.ContainerRestartRuleOnExitCodes{Operator: corev1.ContainerRestartRuleOnExitCodesOpIn, Values: []int32{42}},
 		}}
-		p.Spec.Containers = []corev1.Container{source, container(e, "main", "echo main >> /work/log; "+forever)}
+		p.Spec.Containers = []corev1.Container{source, container(e, "main", "echo main >> /data/log; "+forever)}
 		shared(p)
 	}))
 	first := e.WaitReady(60*time.Second, "again")[0]
@@ -114,7 +114,7 @@ func TestRestartAllContainers(t *testing.T) {
 	if last.Status.PodIP != first.Status.PodIP {
 		t.Errorf("the Pod's IP was %s and is %s", first.Status.PodIP, last.Status.PodIP)
 	}
-	lines := strings.Fields(e.Exec("again", "main", "cat", "/work/log"))
+	lines := strings.Fields(e.Exec("again", "main", "cat", "/data/log"))
 	if want := "init helper source main init helper source main"; strings.Join(lines, " ") != want {
 		t.Errorf("started: %s", strings.Join(lines, " "))
 	}
@@ -355,16 +355,16 @@ func TestThroughKills(t *testing.T) {
 		return corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"sh", "-c", script}}}
 	}
 	e.Create(e.Pod("full", "busybox:1.37", nil, kit.On(victimName), kit.Grace(20), func(p *corev1.Pod) {
-		init := container(e, "init", "echo init >> /work/log; sleep 4; echo init done >> /work/log")
-		helper := sidecar(e, "helper", "echo helper >> /work/log; trap 'echo helper ends >> /work/log; exit 0' TERM; while :; do sleep 3600 & wait; done")
-		helper.StartupProbe = &corev1.Probe{ProbeHandler: exec("test -f /work/log"), PeriodSeconds: 1, FailureThreshold: 60}
-		main := container(e, "main", "echo main >> /work/log; trap 'echo main ends >> /work/log; exit 0' TERM; while :; do sleep 3600 & wait; done")
+		init := container(e, "init", "echo init >> /data/log; sleep 4; echo init done >> /data/log")
+		helper := sidecar(e, "helper", "echo helper >> /data/log; trap 'echo helper ends >> /data/log; exit 0' TERM; while :; do sleep 3600 & wait; done")
+		helper.StartupProbe = &corev1.Probe{ProbeHandler: exec("test -f /data/log"), PeriodSeconds: 1, FailureThreshold: 60}
+		main := container(e, "main", "echo main >> /data/log; trap 'echo main ends >> /data/log; exit 0' TERM; while :; do sleep 3600 & wait; done")
 		main.Lifecycle = &corev1.Lifecycle{
-			PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"sh", "-c", "touch /work/post"}}},
+			PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"sh", "-c", "touch /data/post"}}},
 			PreStop:   &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 2}},
 		}
-		main.ReadinessProbe = &corev1.Probe{ProbeHandler: exec("test -f /work/post"), PeriodSeconds: 1}
-		main.LivenessProbe = &corev1.Probe{ProbeHandler: exec("test -f /work/log"), PeriodSeconds: 1, FailureThreshold: 5}
+		main.ReadinessProbe = &corev1.Probe{ProbeHandler: exec("test -f /data/post"), PeriodSeconds: 1}
+		main.LivenessProbe = &corev1.Probe{ProbeHandler: exec("test -f /data/log"), PeriodSeconds: 1, FailureThreshold: 5}
 		p.Spec.InitContainers = []corev1.Container{init, helper}
 		p.Spec.Containers = []corev1.Container{main}
 		shared(p)

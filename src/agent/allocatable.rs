@@ -17,6 +17,9 @@ use crate::resources::{machine, quantity};
 /// Pause after the kernel has refused the limits: more memory is in use than they allow, and Pods have to end first.
 const RETRY: Duration = Duration::from_secs(60);
 
+/// How long changes of Pods are gathered before the tiers are weighed again.
+const SETTLE: Duration = Duration::from_secs(1);
+
 /// Process IDs, as reservations name them.
 const PID: &str = "pid";
 
@@ -123,6 +126,8 @@ pub(super) async fn weigh_tiers(node: Arc<Node>) {
         if pods.changed().await.is_err() {
             return;
         }
+        // a Pod's start is a dozen changes, and a burst is hundreds: one sum for all of them
+        tokio::time::sleep(SETTLE).await;
     }
 }
 
