@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -80,7 +81,13 @@ func TestPatternMatchesOneSpec(t *testing.T) {
 }
 
 func TestExpectations(t *testing.T) {
-	e, err := parseExpectations(strings.NewReader("# comment\n\nfail\tA\tno device\nskip\tB\tneeds a cloud\nfail\tC\tplanned\n"))
+	has := func(feature string) (bool, error) {
+		if feature != "wheels" && feature != "wings" {
+			return false, errors.New("unknown")
+		}
+		return feature == "wheels", nil
+	}
+	e, err := parseExpectations(strings.NewReader("# comment\n\nfail without wings\tA\tno device\nskip\tB\tneeds a cloud\nfail\tC\tplanned\nfail without wheels\tD\tcannot roll\n"), has)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,8 +104,8 @@ func TestExpectations(t *testing.T) {
 	if unknown := e.Unknown([]Spec{{Name: "A"}, {Name: "B"}}); len(unknown) != 1 || !strings.HasSuffix(unknown[0], ": C") {
 		t.Errorf("unknown: %q", unknown)
 	}
-	for _, bad := range []string{"fail\tA", "fail\tA\t ", "pass\tA\twhy", "fail\tA\twhy\nskip\tA\twhy"} {
-		if _, err := parseExpectations(strings.NewReader(bad)); err == nil {
+	for _, bad := range []string{"fail\tA", "fail\tA\t ", "pass\tA\twhy", "fail\tA\twhy\nskip\tA\twhy", "fail without fins\tA\twhy"} {
+		if _, err := parseExpectations(strings.NewReader(bad), has); err == nil {
 			t.Errorf("accepted: %q", bad)
 		}
 	}
@@ -142,6 +149,21 @@ func TestParseReport(t *testing.T) {
 	}
 	if _, err := parseReport(raw(`["Suite timeout"]`, "passed"), specs); err == nil {
 		t.Error("a suite that timed out is no error")
+	}
+}
+
+func TestMachineHas(t *testing.T) {
+	for _, feature := range []string{"CAP_SYS_RESOURCE", "dummy-links"} {
+		if _, err := machineHas(feature); err != nil {
+			t.Errorf("%s: %v", feature, err)
+		}
+	}
+	if _, err := machineHas("wings"); err == nil {
+		t.Error("wings are unknown")
+	}
+	// The kernel knows no such one.
+	if there, err := hasCapability(63); there || err != nil {
+		t.Errorf("capability 63: %v, %v", there, err)
 	}
 }
 

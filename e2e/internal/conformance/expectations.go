@@ -19,21 +19,22 @@ type Expectation struct {
 type Expectations map[string]Expectation
 
 // ReadExpectations reads the file. Lines are outcome, name and reason,
-// separated by tabs; # begins a comment.
+// separated by tabs; # begins a comment. "fail without FEATURE" holds only on
+// machines that lack the feature: on all others the spec has to pass.
 func ReadExpectations(file string) (Expectations, error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	found, err := parseExpectations(f)
+	found, err := parseExpectations(f, machineHas)
 	if err != nil {
 		return nil, fmt.Errorf("%s:%w", file, err)
 	}
 	return found, nil
 }
 
-func parseExpectations(r io.Reader) (Expectations, error) {
+func parseExpectations(r io.Reader, has func(feature string) (bool, error)) (Expectations, error) {
 	found := Expectations{}
 	lines := bufio.NewScanner(r)
 	for n := 1; lines.Scan(); n++ {
@@ -45,7 +46,17 @@ func parseExpectations(r io.Reader) (Expectations, error) {
 		if len(fields) != 3 {
 			return nil, fmt.Errorf("%d: %d fields; write outcome, name and reason with one tab between them", n, len(fields))
 		}
-		e := Expectation{Outcome(fields[0]), strings.TrimSpace(fields[1]), strings.TrimSpace(fields[2])}
+		outcome, feature, conditional := strings.Cut(fields[0], " without ")
+		if conditional {
+			there, err := has(feature)
+			if err != nil {
+				return nil, fmt.Errorf("%d: %w", n, err)
+			}
+			if there {
+				continue
+			}
+		}
+		e := Expectation{Outcome(outcome), strings.TrimSpace(fields[1]), strings.TrimSpace(fields[2])}
 		if e.Outcome != Failed && e.Outcome != Skipped {
 			return nil, fmt.Errorf("%d: outcome %q; write %s or %s", n, e.Outcome, Failed, Skipped)
 		}
