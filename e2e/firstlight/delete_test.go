@@ -20,8 +20,13 @@ func TestDelete(t *testing.T) {
 
 	t.Run("TERM ends it", func(t *testing.T) {
 		e := e.In(t)
-		e.Create(e.Pod("polite", "busybox:1.37", kit.Forever, kit.On(victimName), kit.Grace(30)))
+		// Ready is sooner than the shell's first line, and a process 1 without a handler does not notice TERM.
+		e.Create(e.Pod("polite", "busybox:1.37", []string{"sh", "-c", "trap 'exit 0' TERM; echo up; while :; do sleep 3600 & wait; done"}, kit.On(victimName), kit.Grace(30)))
 		e.WaitReady(60*time.Second, "polite")
+		e.Eventually(20*time.Second, "the shell handles TERM", func() (bool, string) {
+			logs := e.Logs("polite", "main")
+			return strings.Contains(logs, "up\n"), logs
+		})
 		e.Delete("polite")
 		if took := e.WaitGone("polite", 60*time.Second); took > 10*time.Second {
 			t.Errorf("gone after %s, though the container ends at once on SIGTERM", took)

@@ -80,40 +80,41 @@ func checkSize(t *testing.T, e *kit.Env, pod *corev1.Pod, container, cpu, memory
 	}
 }
 
-// A running Pod gets other resources in place; a container whose policy asks for it is started anew.
+// A running Pod gets other resources in place; a container whose policy asks for it is started anew. The quotas are
+// large enough for a slow machine: what prepares a container counts too.
 func TestResize(t *testing.T) {
 	e := kit.New(t)
 	restart := corev1.Container{
-		Name: "restarting", Image: e.Image("busybox:1.37"), Command: kit.Forever, Resources: sized("50m", "32Mi"),
+		Name: "restarting", Image: e.Image("busybox:1.37"), Command: kit.Forever, Resources: sized("200m", "32Mi"),
 		ResizePolicy: []corev1.ContainerResizePolicy{{ResourceName: corev1.ResourceMemory, RestartPolicy: corev1.RestartContainer}},
 	}
-	e.Create(e.Pod("resized", "busybox:1.37", nil, countedStarts, with("50m", "32Mi"), func(p *corev1.Pod) {
+	e.Create(e.Pod("resized", "busybox:1.37", nil, countedStarts, with("200m", "32Mi"), func(p *corev1.Pod) {
 		p.Spec.Containers = append(p.Spec.Containers, restart)
 	}))
 	before := e.WaitReady(60*time.Second, "resized")[0]
-	checkSize(t, e, before, "main", "50m", "32Mi")
+	checkSize(t, e, before, "main", "200m", "32Mi")
 
-	resize(t, e, "resized", "main", "100m", "64Mi")
+	resize(t, e, "resized", "main", "400m", "64Mi")
 	grown := waitResized(e, "resized")
-	checkSize(t, e, grown, "main", "100m", "64Mi")
+	checkSize(t, e, grown, "main", "400m", "64Mi")
 	e.WaitEvent("resized", "ResizeCompleted: ", 30*time.Second)
 
-	resize(t, e, "resized", "restarting", "20m", "48Mi")
+	resize(t, e, "resized", "restarting", "150m", "48Mi")
 	restarted := waitResized(e, "resized")
-	checkSize(t, e, restarted, "restarting", "20m", "48Mi")
+	checkSize(t, e, restarted, "restarting", "150m", "48Mi")
 	if n := kit.Status(restarted, "restarting").RestartCount; n != 1 {
 		t.Errorf("restarting has restartCount %d", n)
 	}
 
 	// Less than is in use: the kernel would kill. It is refused and said so, and can be taken back.
-	resize(t, e, "resized", "main", "100m", "16Ki")
+	resize(t, e, "resized", "main", "400m", "16Ki")
 	e.WaitPod("resized", 30*time.Second, "an error", func(p *corev1.Pod) (bool, string) {
 		conditions := resizeConditions(p)
 		return strings.Contains(conditions, "below current usage"), conditions
 	})
-	resize(t, e, "resized", "main", "50m", "32Mi")
+	resize(t, e, "resized", "main", "200m", "32Mi")
 	back := waitResized(e, "resized")
-	checkSize(t, e, back, "main", "50m", "32Mi")
+	checkSize(t, e, back, "main", "200m", "32Mi")
 	if n := kit.Status(back, "main").RestartCount; n != 0 {
 		t.Errorf("main has restartCount %d", n)
 	}

@@ -3,6 +3,8 @@ package kit
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -83,6 +85,29 @@ func (e *Env) Dump() {
 		}
 		e.t.Logf("kubectl %s:\n%s", strings.Join(args, " "), out)
 	}
+	logs, err := filepath.Glob(filepath.Join(e.Dir(), "log", "agent-*.log"))
+	if err != nil {
+		e.t.Errorf("the agents' logs: %v", err)
+	}
+	for _, log := range logs {
+		e.t.Logf("%s:\n%s", filepath.Base(log), e.telling(log))
+	}
+}
+
+// telling are the newest lines of an agent's log that warn, or name the test's namespace.
+func (e *Env) telling(log string) string {
+	const most = 60
+	content, err := os.ReadFile(log)
+	if err != nil {
+		return err.Error()
+	}
+	var lines []string
+	for line := range strings.Lines(string(content)) {
+		if strings.Contains(line, " WARN ") || strings.Contains(line, "ERROR ") || strings.Contains(line, e.Namespace) {
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-most):], "")
 }
 
 // Image is the full name of one of the registry's images.
