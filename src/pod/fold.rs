@@ -16,7 +16,6 @@ use super::plan::Action;
 use super::probes::ProbeFacts;
 use super::resize;
 use super::resources::Resources;
-use super::rules::MIN_GRACE_AFTER_PRE_STOP_SECONDS;
 
 /// A retry of something that is neither a pull nor a restart, seconds (kubelet's `backOffPeriod`).
 const RETRY_SECONDS: i64 = 10;
@@ -174,7 +173,10 @@ pub fn begin(desired: &Desired, observed: &mut Observed, action: &Action, now: T
                 }
             }
         }
-        Action::Term(name) => with_stop(observed, name, |stop| stop.signalled = true),
+        Action::Term(name) => with_stop(observed, name, |stop| {
+            stop.signalled = true;
+            stop.termed_at.get_or_insert(now);
+        }),
         Action::Kill(name) => with_stop(observed, name, |stop| {
             stop.signalled = true;
             stop.killed = true;
@@ -334,10 +336,7 @@ pub fn outcome(
         }
         (Action::PostStart(name), Outcome::Failed(failure)) => post_start_failed(desired, observed, name, failure, now),
         (Action::PreStop(name), result) => {
-            with_stop(observed, name, |stop| {
-                stop.pre_stopped = true;
-                stop.deadline = stop.deadline.max(now + SignedDuration::from_secs(MIN_GRACE_AFTER_PRE_STOP_SECONDS));
-            });
+            with_stop(observed, name, |stop| stop.pre_stopped = true);
             match result {
                 Outcome::Failed(failure) => vec![Notice::container(name, &failure.reason, failure.message.clone())],
                 _ => Vec::new(),
@@ -347,7 +346,7 @@ pub fn outcome(
             // it may be between two states: try again while it runs, but not without a pause
             with_stop(observed, name, |stop| {
                 stop.killed = false;
-                stop.deadline = now + SignedDuration::from_secs(KILL_RETRY_SECONDS);
+                stop.kill_again_at = Some(now + SignedDuration::from_secs(KILL_RETRY_SECONDS));
             });
             Vec::new()
         }
@@ -465,6 +464,8 @@ fn post_start_failed(
         deadline: now + SignedDuration::from_secs(grace),
         pre_stopped: true,
         signalled: false,
+        termed_at: None,
+        kill_again_at: None,
         killed: false,
         message: "FailedPostStartHook".to_owned(),
         restart: false,

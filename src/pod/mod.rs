@@ -18,4 +18,6 @@ pub mod rules;
 #[cfg(test)]
 mod simulation;
 pub mod status;
+#[cfg(test)]
+mod testing;
 pub mod worker;

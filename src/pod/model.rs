@@ -7,14 +7,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Container, EphemeralContainer, Pod};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde::{Deserialize, Serialize};
 
 use super::backoff::Backoff;
 use super::probes::ProbeFacts;
 use super::resize::Resize;
 use super::resources::CpuMemory;
+use super::rules::MIN_GRACE_SECONDS_AFTER_TERM;
+use crate::resources::amounts;
 
 /// Which of a Pod's lists a container stands in; decides order, restarts and its part in the phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +77,10 @@ pub struct Desired {
     pub wanted: Arc<Pod>,
     /// Its containers: init and sidecar in order, then main, then ephemeral.
     pub containers: Arc<[ContainerSpec]>,
+    /// What `pod` requests as a whole; the status shows it, and is made often.
+    pub requests: Arc<BTreeMap<String, Quantity>>,
+    /// What `pod` is limited to as a whole.
+    pub limits: Arc<BTreeMap<String, Quantity>>,
     /// The node's cap on `CrashLoopBackOff` (KEP-5593), seconds.
     pub max_restart_delay: i64,
     /// Whether the Pod comes from a manifest on the node (static).
@@ -115,7 +122,15 @@ impl Desired {
             .as_ref()
             .and_then(|a| a.get("kubernetes.io/config.source"))
             .is_some_and(|source| source != "api");
-        Self { wanted: pod.clone(), pod, containers: containers.into(), max_restart_delay: 300, is_static }
+        Self {
+            requests: Arc::new(amounts::pod_requests_list(&pod)),
+            limits: Arc::new(amounts::pod_limits_list(&pod)),
+            wanted: pod.clone(),
+            pod,
+            containers: containers.into(),
+            max_restart_delay: 300,
+            is_static,
+        }
     }
 
     /// The Pod's UID.
@@ -419,19 +434,37 @@ pub struct Waiting {
 pub struct Stop {
     /// When it began.
     pub since: Timestamp,
-    /// KILL is sent at this time.
+    /// The grace ends at this time.
     pub deadline: Timestamp,
     /// preStop is over, or there is none to run.
     pub pre_stopped: bool,
     /// The stop signal was sent.
     pub signalled: bool,
+    /// When it was first sent.
+    #[serde(default)]
+    pub termed_at: Option<Timestamp>,
     /// KILL was sent.
     pub killed: bool,
+    /// The last try to send it failed: not again before this time.
+    #[serde(default)]
+    pub kill_again_at: Option<Timestamp>,
     /// For the `Killing` event.
     pub message: String,
     /// It is stopped to be started anew, whatever its restart policy and without back-off.
     #[serde(default)]
     pub restart: bool,
+}
+
+impl Stop {
+    /// When KILL is sent: at the deadline, but whatever has used up the grace before (preStop, containers that stop
+    /// earlier, an agent that was away) leaves an instance two seconds from its stop signal (kubelet's
+    /// `minimumGracePeriodInSeconds`). `None` before the signal.
+    #[must_use]
+    pub fn kill_at(&self) -> Option<Timestamp> {
+        let window = SignedDuration::from_secs(MIN_GRACE_SECONDS_AFTER_TERM);
+        let at = self.deadline.max(self.termed_at? + window);
+        Some(self.kill_again_at.map_or(at, |again| again.max(at)))
+    }
 }
 
 /// The end of the Pod as a whole, requested from outside or by a rule.

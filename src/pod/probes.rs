@@ -200,4 +200,14 @@ mod tests {
         assert!(facts.is_ready(&container));
         assert_eq!(facts.due(ProbeKind::Readiness, &container, at(0)), Some(at(10)));
     }
+
+    #[test]
+    fn the_first_probe_waits_for_its_delay_and_the_next_for_the_period() {
+        let probe = Probe { initial_delay_seconds: Some(7), period_seconds: Some(5), ..Probe::default() };
+        let container = Container { liveness_probe: Some(probe.clone()), ..Container::default() };
+        let mut facts = ProbeFacts::default();
+        assert_eq!(facts.due(ProbeKind::Liveness, &container, at(100)), Some(at(107)));
+        facts.note(ProbeKind::Liveness, &probe, true, at(108));
+        assert_eq!(facts.due(ProbeKind::Liveness, &container, at(100)), Some(at(113)), "from the begin of the last");
+    }
 }

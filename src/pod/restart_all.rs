@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::model::{ContainerKind, ContainerSpec, Desired, Instance, Observed};
 use super::plan::{Action, begin_stop};
 use super::probes::ProbeFacts;
-use super::rules::{MIN_GRACE_AFTER_PRE_STOP_SECONDS, next_try, restarts_all};
+use super::rules::{MIN_GRACE_SECONDS_AFTER_TERM, next_try, restarts_all};
 use super::status::{RESTARTING_ALL, RESTARTING_ALL_MESSAGE};
 
 /// Notes that the restart begins, what has to stop for it, and that it is over.
@@ -31,7 +31,7 @@ pub(super) fn settle(desired: &Desired, observed: &mut Observed, running: &BTree
             facts.restart_backoff.raise(failed_at, now, desired.max_restart_delay);
         }
     }
-    let deadline = now + SignedDuration::from_secs(MIN_GRACE_AFTER_PRE_STOP_SECONDS);
+    let deadline = now + SignedDuration::from_secs(MIN_GRACE_SECONDS_AFTER_TERM);
     let mut left = false;
     for spec in desired.containers.iter().filter(|spec| spec.kind != ContainerKind::Ephemeral) {
         let instance = observed.containers.get_mut(spec.name()).and_then(|facts| facts.current.as_mut());
@@ -93,13 +93,10 @@ mod tests {
 
     use super::*;
     use crate::pod::fold;
-    use crate::pod::model::{Admission, Exit, Phase, Sandbox};
+    use crate::pod::model::Phase;
     use crate::pod::plan::plan;
     use crate::pod::status::{phase, status};
-
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(1_800_000_000 + second).unwrap()
-    }
+    use crate::pod::testing::{at, end, instance, ready};
 
     /// An init container, a sidecar, and two main containers of which "source" restarts all with exit code 42.
     fn desired() -> Desired {
@@ -125,43 +122,17 @@ mod tests {
         let action = Action::Start(name.to_owned());
         fold::begin(desired, observed, &action, at(second));
         let attempt = observed.containers.get(name).map_or(0, |facts| facts.next_attempt);
-        let instance = Instance {
-            id: format!("{name}{attempt}"),
-            attempt,
-            requested_image: "image".to_owned(),
-            image: "image".to_owned(),
-            image_id: "image".to_owned(),
-            started_at: Some(at(second)),
-            post_started: true,
-            stop: None,
-            exit: None,
-            user: None,
-            resources: None,
-        };
+        let instance = instance(&format!("{name}{attempt}"), attempt, at(second));
         let outcome = crate::pod::effects::Outcome::Started(Box::new(instance));
         fold::outcome(desired, observed, &action, &outcome, at(second));
     }
 
     fn exit(observed: &mut Observed, name: &str, code: i32, second: i64) {
-        let instance = observed.containers.get_mut(name).and_then(|facts| facts.current.as_mut()).unwrap();
-        instance.exit = Some(Exit {
-            id: instance.id.clone(),
-            code,
-            signal: 0,
-            reason: if code == 0 { "Completed" } else { "Error" }.to_owned(),
-            message: String::new(),
-            started_at: instance.started_at,
-            finished_at: Some(at(second)),
-        });
+        end(observed, name, code, at(second));
     }
 
     fn running(desired: &Desired) -> Observed {
-        let mut observed = Observed {
-            admission: Some(Admission::Admitted),
-            sandbox: Sandbox::Ready,
-            volumes_mounted: true,
-            ..Observed::default()
-        };
+        let mut observed = ready();
         start(desired, &mut observed, "init", 0);
         exit(&mut observed, "init", 0, 1);
         for name in ["sidecar", "source", "regular"] {

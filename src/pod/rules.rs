@@ -8,7 +8,7 @@ use super::model::{ContainerFacts, ContainerKind, ContainerSpec, Desired, Exit, 
 /// kubelet grants at least one second between TERM and KILL (`calculateEffectiveGracePeriod`).
 pub const MIN_GRACE_SECONDS: i64 = 1;
 /// After preStop the container has at least this long for its own end (`minimumGracePeriodInSeconds`).
-pub const MIN_GRACE_AFTER_PRE_STOP_SECONDS: i64 = 2;
+pub const MIN_GRACE_SECONDS_AFTER_TERM: i64 = 2;
 
 const RESTART_ALL: &str = "RestartAllContainers";
 

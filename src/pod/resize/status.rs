@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use super::{CpuMemory, Pending, Progress};
 use crate::pod::model::{Desired, Observed, Phase};
 use crate::pod::status::api_time;
-use crate::resources::amounts::{self, Amounts, CPU, MEMORY};
+use crate::resources::amounts::{Amounts, CPU, MEMORY};
 use crate::resources::cgroup::Enforced;
 use crate::resources::limits::{
     DEFAULT_CPU_PERIOD, MIN_SHARES, milli_cpu_to_quota, milli_cpu_to_shares, quota_to_milli_cpu, shares_to_milli_cpu,
@@ -99,18 +99,18 @@ fn show_cpu_request(requests: &mut BTreeMap<String, Quantity>, wanted: i64, requ
 /// `status.allocatedResources`.
 #[must_use]
 pub fn pod_allocated(desired: &Desired) -> Option<BTreeMap<String, Quantity>> {
-    Some(amounts::pod_requests_list(&desired.pod)).filter(|list| !list.is_empty())
+    Some(&*desired.requests).filter(|list| !list.is_empty()).cloned()
 }
 
 /// `status.resources`: what was allocated, and while the Pod runs what the kernel enforces for it as a whole.
 #[must_use]
 pub fn pod_resources(desired: &Desired, observed: &Observed, phase: Phase) -> ResourceRequirements {
     let mut shown = desired.pod.spec.as_ref().and_then(|spec| spec.resources.clone()).unwrap_or_default();
-    let requests = amounts::pod_requests_list(&desired.pod);
+    let requests = &*desired.requests;
     let enforced = observed.resize.enforced.as_ref().filter(|_| phase == Phase::Running);
     let Some(enforced) = enforced else {
-        shown.requests = Some(requests).filter(|list| !list.is_empty());
-        shown.limits = Some(amounts::pod_limits_list(&desired.pod)).filter(|list| !list.is_empty());
+        shown.requests = pod_allocated(desired);
+        shown.limits = Some(&*desired.limits).filter(|list| !list.is_empty()).cloned();
         return shown;
     };
     let (mut own, mut limits) = (shown.requests.take().unwrap_or_default(), shown.limits.take().unwrap_or_default());

@@ -4,13 +4,10 @@ use super::*;
 use crate::pod::model::{ContainerFacts, Exit, Stop};
 use crate::pod::plan::{self, plan as next};
 use crate::pod::status::status as status_of;
+use crate::pod::testing::{at, instance, ready};
 use crate::resources::fixture::container;
 
 const MIB: i64 = 1 << 20;
-
-fn at(second: i64) -> Timestamp {
-    Timestamp::from_second(1_800_000_000 + second).unwrap()
-}
 
 fn sized(name: &str, cpu: &str, restarts: bool) -> Container {
     let restart_policy = "RestartContainer".to_owned();
@@ -35,32 +32,14 @@ fn wanting(containers: Vec<Container>, generation: i64) -> Desired {
 
 fn running_instance(desired: &Desired, name: &str) -> Instance {
     let spec = desired.container(name).unwrap();
-    Instance {
-        id: format!("{name}-0"),
-        attempt: 0,
-        requested_image: "image".to_owned(),
-        image: "image".to_owned(),
-        image_id: "image".to_owned(),
-        started_at: Some(at(0)),
-        post_started: true,
-        stop: None,
-        exit: None,
-        user: None,
-        resources: Some(CpuMemory::of(&desired.pod, &spec.container)),
-    }
+    let resources = Some(CpuMemory::of(&desired.pod, &spec.container));
+    Instance { resources, ..instance(&format!("{name}-0"), 0, at(0)) }
 }
 
 /// A Pod that runs with what `desired` wants.
 fn running_pod(desired: &Desired) -> Observed {
     let resources = Resources::of(&desired.wanted);
-    let mut observed = Observed {
-        admission: Some(Admission::Admitted),
-        sandbox: Sandbox::Ready,
-        volumes_mounted: true,
-        initialized: true,
-        start_time: Some(at(0)),
-        ..Observed::default()
-    };
+    let mut observed = Observed { initialized: true, ..ready() };
     (observed.resize.allocated, observed.resize.actuated) = (Some(resources.clone()), Some(resources));
     for spec in desired.containers.iter() {
         let current = Some(running_instance(desired, spec.name()));
