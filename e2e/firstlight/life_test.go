@@ -12,6 +12,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -182,6 +183,21 @@ func TestPreemption(t *testing.T) {
 	e.WaitEvent("ordinary", "Preempting: Preempted in order to admit critical pod", 10*time.Second)
 	if ready, seen := kit.Ready(e.Get("bystander")); !ready {
 		t.Errorf("bystander: %s", seen)
+	}
+	// a resize makes room for itself as well
+	e.Create(e.Pod("second", "busybox:1.37", kit.Forever, kit.On(name), kit.Limit(corev1.ResourceCPU, strconv.FormatInt(cpus*2/10, 10)+"m")))
+	e.WaitReady(60*time.Second, "second")
+	more := strconv.FormatInt(cpus*9/10, 10) + "m"
+	patch := fmt.Sprintf(`{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":%q},"limits":{"cpu":%q}}}]}}`, more, more)
+	if _, err := e.Client.CoreV1().Pods(e.Namespace).Patch(e.Ctx, "critical", types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}, "resize"); err != nil {
+		t.Fatal(err)
+	}
+	e.WaitPod("second", 30*time.Second, "preempted", func(p *corev1.Pod) (bool, string) {
+		return p.Status.Phase == corev1.PodFailed && p.Status.Reason == "Preempting", kit.Describe(p)
+	})
+	resized := waitResized(e, "critical")
+	if got := kit.Status(resized, "main").Resources.Limits.Cpu(); got.Cmp(resource.MustParse(more)) != 0 {
+		t.Errorf("the critical Pod has %s cpu instead of %s", got, more)
 	}
 	e.Delete("critical")
 	e.WaitGone("critical", 30*time.Second)

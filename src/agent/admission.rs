@@ -1,5 +1,6 @@
 //! The node's decision about a Pod, from what the agent knows.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,8 @@ use crate::resources::qos;
 
 /// The feature gate of resizes of a Pod as a whole.
 const POD_LEVEL_GATE: &str = "InPlacePodLevelResourcesVerticalScaling";
+/// With this one it is the scheduler that makes room for resizes.
+const SCHEDULER_PREEMPTION_GATE: &str = "InPlacePodVerticalScalingSchedulerPreemption";
 /// A Pod that makes room may take half as long again as its grace says, and at least this (`killPodNow`).
 const LEAST_WAIT: Duration = Duration::from_secs(10);
 
@@ -70,18 +73,49 @@ impl Node {
         })
     }
 
-    /// Decides about the resources that a Pod wants now.
-    pub(super) fn allocate(&self, desired: &Desired) -> Decision {
-        let wanted = Resources::of(&desired.wanted);
-        let of_pod = !wanted.same_for_pod(&Resources::of(&desired.pod));
+    /// Decides about the resources that a Pod wants now; for a critical one, other Pods are ended if that makes room.
+    pub(super) async fn allocate(&self, request: &Request) -> Outcome {
+        let desired = &request.desired;
+        let decide = async {
+            loop {
+                let (verdict, victims) = self.try_allocate(desired);
+                if !self.make_room(&victims).await {
+                    return verdict;
+                }
+            }
+        };
+        let verdict = tokio::select! {
+            verdict = decide => verdict,
+            () = request.cancel.cancelled() => return Outcome::Cancelled,
+        };
+        let generation = desired.wanted.metadata.generation;
+        Outcome::Allocated(Box::new(Decision { wanted: Resources::of(&desired.wanted), generation, verdict }))
+    }
+
+    /// One look, and the Pods that would have to end for another answer.
+    fn try_allocate(&self, desired: &Desired) -> (resize::Verdict, Vec<String>) {
+        let gates = &self.config.feature_gates;
+        let of_pod = !Resources::of(&desired.wanted).same_for_pod(&Resources::of(&desired.pod));
+        let victims = RefCell::new(Vec::new());
+        let fits = |pod: &Pod, others: &[Arc<Pod>]| {
+            self.fits(pod, others).map_err(|rejection| {
+                let message = rejection.message.clone();
+                // others whose turn is before this one's are asked as well
+                if pod.metadata.uid == desired.wanted.metadata.uid && !gates.enabled(SCHEDULER_PREEMPTION_GATE) {
+                    let others: Vec<&Pod> = others.iter().map(AsRef::as_ref).collect();
+                    *victims.borrow_mut() = refusal(pod, &others, rejection).victims;
+                }
+                message
+            })
+        };
         let verdict = if swap_is_in_the_way(desired, self.cgroups.policy()) {
             resize::Verdict::Infeasible("In-place resize of containers with swap is not supported.".to_owned())
-        } else if of_pod && !self.config.feature_gates.enabled(POD_LEVEL_GATE) {
+        } else if of_pod && !gates.enabled(POD_LEVEL_GATE) {
             resize::Verdict::Infeasible(format!("{POD_LEVEL_GATE} is disabled"))
         } else {
-            self.pods.allocate(desired, |pod, others| self.fits(pod, others).map_err(|rejection| rejection.message))
+            self.pods.allocate(desired, fits)
         };
-        Decision { wanted, generation: desired.wanted.metadata.generation, verdict }
+        (verdict, victims.into_inner())
     }
 
     /// Whether the node takes a Pod beside others.

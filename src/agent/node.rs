@@ -185,7 +185,7 @@ impl Effects for NodeEffects {
         match request.action.clone() {
             Action::Admit => node.admit(&request).await,
             Action::MountVolumes => outcome(node.mount_volumes(&request).await, |()| Outcome::Done),
-            Action::Allocate => Outcome::Allocated(Box::new(node.allocate(&request.desired))),
+            Action::Allocate => node.allocate(&request).await,
             Action::Resize => Outcome::Resized(Box::new(node.resize(&request).await)),
             Action::SetUpSandbox => outcome(node.set_up_sandbox(&request).await, |(pod_ips, enforced)| {
                 Outcome::SandboxUp { pod_ips, enforced: Some(enforced) }
