@@ -7,11 +7,13 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"gantry.local/e2e/internal/conformance"
 	"gantry.local/e2e/internal/kit"
 )
 
@@ -80,6 +82,24 @@ func checkSize(t *testing.T, e *kit.Env, pod *corev1.Pod, container, cpu, memory
 	}
 }
 
+// lowersScores: a node can lower oom_score_adj. Guests always can.
+func lowersScores(t *testing.T, e *kit.Env, name string) bool {
+	t.Helper()
+	node, err := e.Client.CoreV1().Nodes().Get(e.Ctx, name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var here unix.Utsname
+	if err := unix.Uname(&here); err != nil {
+		t.Fatal(err)
+	}
+	can, err := conformance.MachineHas("CAP_SYS_RESOURCE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return can || node.Status.NodeInfo.KernelVersion != unix.ByteSliceToString(here.Release[:])
+}
+
 // A running Pod gets other resources in place; a container whose policy asks for it is started anew. The quotas are
 // large enough for a slow machine: what prepares a container counts too.
 func TestResize(t *testing.T) {
@@ -104,6 +124,13 @@ func TestResize(t *testing.T) {
 	checkSize(t, e, restarted, "restarting", "150m", "48Mi")
 	if n := kit.Status(restarted, "restarting").RestartCount; n != 1 {
 		t.Errorf("restarting has restartCount %d", n)
+	}
+	want := "-997" // of every container of a Guaranteed Pod
+	if !lowersScores(t, e, restarted.Spec.NodeName) {
+		want = strconv.Itoa(agentScore)
+	}
+	if got := strings.TrimSpace(e.Exec("resized", "restarting", "cat", "/proc/1/oom_score_adj")); got != want {
+		t.Errorf("the restarted container has oom_score_adj %s instead of %s", got, want)
 	}
 
 	// Less than is in use: the kernel would kill. It is refused and said so, and can be taken back.

@@ -154,11 +154,11 @@ func TestParseReport(t *testing.T) {
 
 func TestMachineHas(t *testing.T) {
 	for _, feature := range []string{"CAP_SYS_RESOURCE", "dummy-links"} {
-		if _, err := machineHas(feature); err != nil {
+		if _, err := MachineHas(feature); err != nil {
 			t.Errorf("%s: %v", feature, err)
 		}
 	}
-	if _, err := machineHas("wings"); err == nil {
+	if _, err := MachineHas("wings"); err == nil {
 		t.Error("wings are unknown")
 	}
 	// The kernel knows no such one.

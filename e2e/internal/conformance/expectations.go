@@ -27,7 +27,7 @@ func ReadExpectations(file string) (Expectations, error) {
 		return nil, err
 	}
 	defer f.Close()
-	found, err := parseExpectations(f, machineHas)
+	found, err := parseExpectations(f, MachineHas)
 	if err != nil {
 		return nil, fmt.Errorf("%s:%w", file, err)
 	}

@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// machineHas says whether this machine has something that some specs need and
+// MachineHas says whether this machine has something that some specs need and
 // no node can make up for.
-func machineHas(feature string) (bool, error) {
+func MachineHas(feature string) (bool, error) {
 	switch feature {
 	case "CAP_SYS_RESOURCE":
 		return hasCapability(unix.CAP_SYS_RESOURCE)
