@@ -2,19 +2,26 @@
 //!
 //! Everybody keeps a clone of one client. Below it stands a second one that is rebuilt from the kubeconfig when a
 //! certificate was rotated: running requests and watches end on the old connections, new ones use the new.
+//!
+//! Where the server speaks HTTP/2, requests share one connection, and so do the first watches, as client-go has it:
+//! a burst of Pods costs no TLS handshakes. A server allows so many streams of a connection, and hyper opens no second
+//! one: watches beyond [`SHARED_WATCHES`] (one for each ConfigMap and Secret in use) have connections of their own.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::BodyExt;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::client::{Body, ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tower::{BoxError, ServiceBuilder, service_fn};
 
 use super::certs::{self, CertStore};
@@ -25,6 +32,14 @@ use super::resolve::HostResolver;
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest time to a TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Watches that share the connection of ordinary requests; a server lets a client have 100 streams at least (Go's
+/// default, `--http2-max-streams-per-connection` of the API server may raise it).
+const SHARED_WATCHES: usize = 40;
+/// How often a silent HTTP/2 connection is probed, and how long an answer may take.
+const PING: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(15));
+/// What a stream may have on its way, bytes; all of them together cannot use up the connection's share.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 128 * STREAM_WINDOW;
 /// What we call ourselves in the API server's audit log.
 const USER_AGENT: &str = concat!("gantry/", env!("CARGO_PKG_VERSION"), " (linux/", "node) kubernetes/v1.37.2");
 
@@ -98,8 +113,30 @@ impl Credentials {
 #[derive(Clone)]
 pub struct ApiClient {
     credentials: Credentials,
-    current: Arc<RwLock<Client>>,
+    current: Arc<RwLock<Channels>>,
     client: Client,
+}
+
+/// What requests go through until the credentials change.
+#[derive(Clone)]
+struct Channels {
+    shared: Client,
+    /// For watches beyond [`SHARED_WATCHES`]; HTTP/1.1, a connection each.
+    separate: Client,
+    watches: Arc<Semaphore>,
+}
+
+impl Channels {
+    /// Where to send a request, and what a watch holds as long as it lasts.
+    fn choose(&self, streams: bool) -> (Client, Option<OwnedSemaphorePermit>) {
+        if !streams {
+            return (self.shared.clone(), None);
+        }
+        match Arc::clone(&self.watches).try_acquire_owned() {
+            Ok(place) => (self.shared.clone(), Some(place)),
+            Err(_) => (self.separate.clone(), None),
+        }
+    }
 }
 
 impl std::fmt::Debug for ApiClient {
@@ -155,27 +192,34 @@ struct TooSlow {
 }
 
 async fn send(
-    current: Arc<RwLock<Client>>,
+    current: Arc<RwLock<Channels>>,
     bucket: Arc<TokenBucket>,
     timeout: Duration,
     request: Request<Body>,
-) -> Result<Response<Body>, BoxError> {
+) -> Result<Response<UnsyncBoxBody<Bytes, BoxError>>, BoxError> {
     bucket.acquire().await;
-    let client = current.read().unwrap_or_else(PoisonError::into_inner).clone();
     let streams = request
         .uri()
         .query()
         .is_some_and(|query| query.split('&').any(|pair| matches!(pair, "watch=true" | "watch=1" | "follow=true")));
+    let (client, place) = current.read().unwrap_or_else(PoisonError::into_inner).choose(streams);
     let slow = TooSlow { method: request.method().clone(), path: request.uri().path().to_owned(), timeout };
     let answer = async {
         let response = client.send(request).await?;
         if streams {
-            return Ok(response);
+            let held = |body: Body| {
+                let body = body.map_err(BoxError::from).map_frame(move |frame| {
+                    let _ = &place;
+                    frame
+                });
+                body.boxed_unsync()
+            };
+            return Ok(response.map(held));
         }
         // the deadline covers the body too
         let (parts, body) = response.into_parts();
         let bytes = body.collect().await?.to_bytes();
-        Ok(Response::from_parts(parts, Body::from(bytes)))
+        Ok(Response::from_parts(parts, Body::from(bytes).map_err(BoxError::from).boxed_unsync()))
     };
     tokio::time::timeout(timeout, answer).await.unwrap_or_else(|_| Err(slow.into()))
 }
@@ -190,7 +234,7 @@ pub(super) async fn load_config(kubeconfig: &Path) -> Result<Config, ClientError
 }
 
 /// One plain client for the kubeconfig's current context, with our resolver.
-async fn connect(credentials: &Credentials) -> Result<Client, ClientError> {
+async fn connect(credentials: &Credentials) -> Result<Channels, ClientError> {
     let kubeconfig = &credentials.kubeconfig;
     let mut config = load_config(kubeconfig).await?;
     if let Some(path) = &credentials.rotated
@@ -203,16 +247,20 @@ async fn connect(credentials: &Credentials) -> Result<Client, ClientError> {
         config.auth_info.client_key_data = None;
     }
     config.headers.push((http::header::USER_AGENT, http::HeaderValue::from_static(USER_AGENT)));
-    build(&config).map_err(|source| ClientError::Credentials { path: kubeconfig.clone(), source: source.into() })
+    let failed = |source: kube::Error| ClientError::Credentials { path: kubeconfig.clone(), source: source.into() };
+    let separate = build(&config, false).map_err(failed)?;
+    let shared = build(&config, true).map_err(failed)?;
+    Ok(Channels { shared, separate, watches: Arc::new(Semaphore::new(SHARED_WATCHES)) })
 }
 
 /// A client for some other server, without credentials, trusting the system's authorities.
 pub(crate) fn plain(base: http::Uri) -> Result<Client, ClientError> {
     let path = PathBuf::from(base.to_string());
-    build(&Config::new(base)).map_err(|source| ClientError::Credentials { path, source: source.into() })
+    build(&Config::new(base), false).map_err(|source| ClientError::Credentials { path, source: source.into() })
 }
 
-fn build(config: &Config) -> kube::Result<Client> {
+/// `multiplexed`: HTTP/2 where the server offers it.
+fn build(config: &Config, multiplexed: bool) -> kube::Result<Client> {
     // an error says that somebody chose a provider already
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut http = HttpConnector::new_with_resolver(HostResolver);
@@ -220,8 +268,20 @@ fn build(config: &Config) -> kube::Result<Client> {
     http.set_connect_timeout(Some(CONNECT_TIMEOUT));
     http.set_keepalive(Some(Duration::from_secs(30)));
     http.set_nodelay(true);
-    let https = config.rustls_https_connector_with_connector(http)?;
-    let client = hyper_util::client::legacy::Builder::new(TokioExecutor::new()).build(https);
+    // the name that a proxy's certificate bears instead of the server's is kube's to check
+    let https = if multiplexed && config.tls_server_name.is_none() {
+        let builder = HttpsConnectorBuilder::new().with_tls_config(config.rustls_client_config()?).https_or_http();
+        builder.enable_http1().enable_http2().wrap_connector(http)
+    } else {
+        config.rustls_https_connector_with_connector(http)?
+    };
+    let client = hyper_util::client::legacy::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_keep_alive_interval(PING.0)
+        .http2_keep_alive_timeout(PING.1)
+        .http2_initial_stream_window_size(STREAM_WINDOW)
+        .http2_initial_connection_window_size(CONNECTION_WINDOW)
+        .build(https);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
@@ -235,6 +295,11 @@ fn build(config: &Config) -> kube::Result<Client> {
 mod tests {
     use super::super::fake::HttpServer;
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures::StreamExt;
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
     use k8s_openapi::api::core::v1::Node;
     use kube::Api;
 
@@ -290,5 +355,73 @@ mod tests {
         let error =
             ApiClient::new(only(Path::new("/does/not/exist")), Limits::heartbeat(REQUEST_TIMEOUT)).await.unwrap_err();
         assert!(error.to_string().contains("/does/not/exist"));
+    }
+
+    /// Speaks HTTP/2 over TLS, answers watches with a body that does not end, and counts connections.
+    async fn multiplexing_server() -> (u16, String, Arc<AtomicUsize>) {
+        let rcgen::CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(signing_key.serialize_der()).unwrap();
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut tls = rustls::ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key)
+            .unwrap();
+        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
+        let listener = tokio::net::TcpListener::bind("localhost:0").await.unwrap();
+        let (port, connections) = (listener.local_addr().unwrap().port(), Arc::new(AtomicUsize::new(0)));
+        let count = Arc::clone(&connections);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    let stream = hyper_util::rt::TokioIo::new(acceptor.accept(stream).await.unwrap());
+                    let answer = hyper::service::service_fn(|request: Request<hyper::body::Incoming>| async move {
+                        let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+                        let text = futures::stream::once(async {
+                            Ok::<_, std::convert::Infallible>(Frame::data(Bytes::from("{}")))
+                        });
+                        let rest = futures::stream::pending();
+                        let body = text.chain(if watches {
+                            rest.left_stream()
+                        } else {
+                            futures::stream::empty().right_stream()
+                        });
+                        Ok::<_, std::convert::Infallible>(Response::new(StreamBody::new(body)))
+                    });
+                    let _ = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new())
+                        .serve_connection(stream, answer)
+                        .await;
+                });
+            }
+        });
+        (port, cert.pem(), connections)
+    }
+
+    #[tokio::test]
+    async fn requests_and_the_first_watches_share_a_connection() {
+        let (port, authority, connections) = multiplexing_server().await;
+        let dir = tempfile::tempdir().unwrap();
+        let (path, ca) = (dir.path().join("kubeconfig"), dir.path().join("ca.crt"));
+        std::fs::write(&ca, authority).unwrap();
+        let text = kubeconfig(&format!("https://localhost:{port}"), "t");
+        let server = format!("server: \"https://localhost:{port}\"");
+        let trusting = text.replace(&server, &format!("{server}, certificate-authority: {}", ca.display()));
+        std::fs::write(&path, trusting).unwrap();
+        let client = ApiClient::new(only(&path), Limits::heartbeat(Duration::from_secs(5))).await.unwrap().client();
+        let get = |uri: &'static str| client.send(Request::get(uri).body(Body::empty()).unwrap());
+        get("/first").await.unwrap();
+        let mut watches =
+            futures::future::try_join_all((0..SHARED_WATCHES).map(|_| get("/pods?watch=true"))).await.unwrap();
+        futures::future::try_join_all((0..50).map(|_| get("/pods"))).await.unwrap();
+        assert_eq!(connections.load(Ordering::Relaxed), 1);
+        let separate = get("/pods?watch=true").await.unwrap();
+        assert_eq!((connections.load(Ordering::Relaxed), separate.version()), (2, http::Version::HTTP_11));
+        // a watch that is over makes room
+        assert_eq!(watches.pop().unwrap().version(), http::Version::HTTP_2);
+        let next = get("/pods?watch=true").await.unwrap();
+        assert_eq!((connections.load(Ordering::Relaxed), next.version()), (2, http::Version::HTTP_2));
     }
 }
