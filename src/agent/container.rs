@@ -127,6 +127,7 @@ impl Node {
             exit: None,
             user: None,
             resources: Some(CpuMemory::of(&desired.pod, &spec.container)),
+            resizing: false,
         };
         let (node, pod, owned_spec, draft) = (self.clone(), desired.pod.clone(), spec.clone(), instance.clone());
         let (owned_cgroup, owned_log) = (cgroup_path.clone(), log_path.clone());

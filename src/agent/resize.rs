@@ -11,8 +11,14 @@ use crate::pod::effects::Request;
 use crate::pod::model::Observed;
 use crate::pod::resize::{self, Actuation};
 use crate::pod::resources::{CpuMemory, Resources};
-use crate::resources::cgroup::{CgroupTree, ContainerChange};
-use crate::resources::limits::{Limits, container_limits, container_weight, pod_limits};
+use crate::resources::cgroup::{CgroupTree, ContainerChange, Enforced};
+use crate::resources::limits::{
+    Limits, container_limits, container_weight, milli_cpu_to_quota, milli_cpu_to_shares, pod_limits,
+    quota_to_milli_cpu, shares_to_milli_cpu, weight_to_shares,
+};
+
+/// The kernel rounds memory limits down to pages of at least this, bytes.
+const PAGE: i64 = 4096;
 
 /// A container whose cgroup has to change.
 struct Target {
@@ -38,12 +44,33 @@ impl Node {
                     limits.unified.insert("cpu.weight".to_owned(), container_weight(shares).to_string());
                 }
                 let path = cgroups.container_path(&desired.pod, &instance.id);
+                // an earlier life of the agent may have begun this, and not noted what it did
+                let has = cgroups.enforced(&path).map_or(has, |real| as_enforced(has, &real, policy.cgroup_v2));
                 Target { id: instance.id.clone(), name: spec.name().to_owned(), path, limits, has, wants }
             });
             let targets: Vec<Target> = targets.collect();
             Ok::<_, String>(actuate(&cgroups, &desired.pod, &observed, targets))
         });
         done.await.unwrap_or_else(|error| Actuation { error: Some(error), ..Actuation::default() })
+    }
+}
+
+/// What a container has, where the record says something else than the kernel.
+fn as_enforced(has: CpuMemory, real: &Enforced, cgroup_v2: bool) -> CpuMemory {
+    let shares = milli_cpu_to_shares(if has.cpu_request > 0 { has.cpu_request } else { has.cpu_limit });
+    let shares = if cgroup_v2 { weight_to_shares(container_weight(shares)) } else { shares };
+    let quota = (has.cpu_limit > 0).then(|| milli_cpu_to_quota(has.cpu_limit, real.cpu_period));
+    let memory = real.memory.unwrap_or_default();
+    CpuMemory {
+        cpu_request: if shares == real.cpu_shares { has.cpu_request } else { shares_to_milli_cpu(real.cpu_shares) },
+        cpu_limit: if quota == real.cpu_quota {
+            has.cpu_limit
+        } else {
+            quota_to_milli_cpu(real.cpu_quota.unwrap_or_default(), real.cpu_period)
+        },
+        // the kernel counts in pages
+        memory_limit: if (has.memory_limit - memory).abs() < PAGE { has.memory_limit } else { memory },
+        ..has
     }
 }
 
@@ -131,5 +158,26 @@ fn check_memory(cgroups: &CgroupTree, pod: &str, limits: &Limits, targets: &[Tar
         [] => Ok(()),
         [one] => Err(format!("cannot decrease memory limits: {one}")),
         many => Err(format!("cannot decrease memory limits: [{}]", many.join(", "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_knows_better_than_a_record_that_was_cut_short() {
+        let has = CpuMemory { cpu_request: 100, cpu_limit: 200, memory_request: 1 << 20, memory_limit: (8 << 20) + 5 };
+        let same = Enforced { cpu_shares: 102, cpu_quota: Some(20_000), cpu_period: 100_000, memory: Some(8 << 20) };
+        assert_eq!(as_enforced(has, &same, false), has);
+        let v2 = Enforced { cpu_shares: weight_to_shares(container_weight(102)), ..same };
+        assert_eq!(as_enforced(has, &v2, true), has);
+        let changed = Enforced { cpu_shares: 307, cpu_quota: Some(50_000), memory: None, ..same };
+        let found = CpuMemory { cpu_request: 300, cpu_limit: 500, memory_limit: 0, ..has };
+        assert_eq!(as_enforced(has, &changed, false), found);
+        let unlimited = CpuMemory { cpu_limit: 0, memory_limit: 0, ..has };
+        let none = Enforced { cpu_quota: None, memory: None, ..same };
+        assert_eq!(as_enforced(unlimited, &none, false), unlimited);
+        assert_eq!(as_enforced(CpuMemory { cpu_limit: 0, ..has }, &same, false).cpu_limit, 200);
     }
 }

@@ -129,6 +129,7 @@ fn facts_from(status: &ContainerStatus) -> ContainerFacts {
             exit: Some(exit),
             user: None,
             resources: None,
+            resizing: false,
         });
         facts.next_attempt = restart_count + 1;
     } else if restart_count > 0 || facts.previous.is_some() {
@@ -162,6 +163,7 @@ pub fn begin(desired: &Desired, observed: &mut Observed, action: &Action, now: T
         Action::Admit => {
             observed.resize.allocated.get_or_insert_with(|| Resources::of(&desired.pod));
         }
+        Action::Resize => resize::begin(desired, observed),
         Action::SetUpSandbox => observed.resize.actuated.clone_from(&observed.resize.allocated),
         Action::Start(name) => {
             let facts = observed.containers.entry(name.clone()).or_default();

@@ -384,6 +384,9 @@ pub struct Instance {
     /// What its cgroup was made from, and changed to since.
     #[serde(default)]
     pub resources: Option<CpuMemory>,
+    /// A change of its cgroup was begun, and how far it came has not been noted.
+    #[serde(default)]
+    pub resizing: bool,
 }
 
 impl Instance {

@@ -329,6 +329,7 @@ mod tests {
             exit: Some(exit),
             user: None,
             resources: None,
+            resizing: false,
         };
         let mut facts = ContainerFacts { current: Some(instance), next_attempt: 3, ..ContainerFacts::default() };
         facts.restart_backoff.delay = delay;

@@ -23,6 +23,7 @@ pub(super) fn instance(id: &str, attempt: u32, started_at: Timestamp) -> Instanc
         exit: None,
         user: None,
         resources: None,
+        resizing: false,
     }
 }
 

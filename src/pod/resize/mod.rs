@@ -39,7 +39,7 @@ const FAILED_RETRY: SignedDuration = SignedDuration::from_secs(10);
 pub struct Resize {
     /// What the node has set aside for the Pod; `None` before admission.
     pub allocated: Option<Resources>,
-    /// What the Pod's cgroup was last made from.
+    /// What the Pod's cgroup was last made from; `None` also while it is being changed.
     pub actuated: Option<Resources>,
     /// What the kernel had for the Pod's cgroup after that.
     pub enforced: Option<Enforced>,
@@ -213,14 +213,14 @@ pub fn changes<'a>(
     desired: &'a Desired,
     observed: &'a Observed,
 ) -> Vec<(&'a ContainerSpec, &'a Instance, CpuMemory, CpuMemory)> {
-    running(desired, observed).filter(|(_, _, has, wants)| has != wants).collect()
+    running(desired, observed).filter(|(_, instance, has, wants)| instance.resizing || has != wants).collect()
 }
 
 /// Something was allocated that is not actuated.
 fn is_due(desired: &Desired, observed: &Observed) -> bool {
     let Resize { allocated: Some(allocated), actuated, .. } = &observed.resize else { return false };
     let of_pod = !actuated.as_ref().is_some_and(|actuated| actuated.same(allocated));
-    observed.sandbox == Sandbox::Ready && (of_pod || running(desired, observed).any(|(_, _, has, wants)| has != wants))
+    observed.sandbox == Sandbox::Ready && (of_pod || !changes(desired, observed).is_empty())
 }
 
 /// A container that is being stopped has something else than was allocated, or has been stopped to be started anew.
@@ -291,6 +291,15 @@ pub fn plan(
     false
 }
 
+/// Notes that cgroups are being changed: if the agent ends meanwhile, what they have is not known.
+pub fn begin(desired: &Desired, observed: &mut Observed) {
+    let ids: Vec<String> = changes(desired, observed).iter().map(|(_, instance, ..)| instance.id.clone()).collect();
+    for instance in observed.containers.values_mut().filter_map(|facts| facts.current.as_mut()) {
+        instance.resizing |= ids.contains(&instance.id);
+    }
+    observed.resize.actuated = None;
+}
+
 /// Notes the node's answer.
 pub fn decided(desired: &Desired, observed: &mut Observed, decision: &Decision, now: Timestamp) -> Vec<Notice> {
     let Decision { wanted, generation, verdict } = decision;
@@ -327,6 +336,7 @@ pub fn actuated(desired: &Desired, observed: &mut Observed, actuation: &Actuatio
         let mut instances = observed.containers.values_mut().filter_map(|facts| facts.current.as_mut());
         if let Some(instance) = instances.find(|instance| instance.id == *id) {
             instance.resources = Some(*has);
+            instance.resizing = false;
         }
     }
     let resize = &mut observed.resize;

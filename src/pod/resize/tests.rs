@@ -222,3 +222,24 @@ fn a_machine_that_was_restarted_knows_what_was_set_aside_while_a_change_waits() 
     assert!(from_status(&fresh, &known).unwrap().same(&Resources::of(&old.pod)));
     assert_eq!(from_status(&fresh, &PodStatus::default()), None);
 }
+
+#[test]
+fn what_a_killed_agent_may_have_written_is_written_again() {
+    let old = wanting(vec![sized("a", "1", false)], 1);
+    let mut observed = running_pod(&old);
+    let (granted, _) = decide(&wanting(vec![sized("a", "3", false)], 2), &mut observed, Verdict::Granted, at(1));
+    assert_eq!(actions(&granted, &mut observed, at(1)), [Action::Resize]);
+    crate::pod::fold::begin(&granted, &mut observed, &Action::Resize, at(1));
+    // the agent is killed, and the old resources are wanted again
+    let (back, _) = decide(&wanting(vec![sized("a", "1", false)], 3), &mut observed, Verdict::Granted, at(2));
+    assert_eq!(actions(&back, &mut observed, at(2)), [Action::Resize], "the record says 1, the kernel may have 3");
+    let has = changes(&back, &observed)[0].3;
+    let done = Actuation {
+        pod: Some(Resources::of(&back.pod)),
+        containers: vec![("a-0".to_owned(), has)],
+        ..Actuation::default()
+    };
+    actuated(&back, &mut observed, &done, at(3));
+    assert!(actions(&back, &mut observed, at(3)).is_empty());
+    assert!(observed.resize.progress.is_none());
+}

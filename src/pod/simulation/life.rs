@@ -67,6 +67,7 @@ impl Life {
             exit: None,
             user: None,
             resources: request.desired.container(name).map(|c| CpuMemory::of(&request.desired.pod, &c.container)),
+            resizing: false,
         };
         world.state().sizes.insert(instance.id.clone(), instance.resources.unwrap());
         let mut fate = world.fate(name, instance.attempt);
