@@ -4,7 +4,8 @@
 //	kind-images BIN DIR NAME...
 //
 // BIN has the programs that go into the images, DIR keeps layers from one run to
-// the next, and the names are those of `kubeadm config images list`.
+// the next, and the names are those of `kubeadm config images list` and
+// of the manifests in hack/kind.
 package main
 
 import (
@@ -33,7 +34,7 @@ func run(ctx context.Context, args []string) error {
 		return fmt.Errorf("%d arguments: name the directory of programs, a directory for layers, and images", len(args))
 	}
 	out := bufio.NewWriterSize(os.Stdout, 1<<20)
-	if err := images.WriteKubeadm(ctx, args[0], args[1], append(args[2:], images.NodeRoutes), out, os.Stderr); err != nil {
+	if err := images.WriteKubeadm(ctx, args[0], args[1], args[2:], out, os.Stderr); err != nil {
 		return err
 	}
 	return out.Flush()

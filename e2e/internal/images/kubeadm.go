@@ -12,15 +12,12 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// NodeRoutes is the image of cmd/node-routes.
-const NodeRoutes = "localhost/gantry-node-routes:1"
-
 // What kube-proxy runs, in each of its modes.
 var proxyPackages = []string{"iptables", "nftables", "kmod"}
 
 // WriteKubeadm writes an archive, in the form of docker save, with images that
-// have the given names: those that `kubeadm config images list` prints, or
-// NodeRoutes. The pause image is left out: Gantry's Pods need none.
+// have the given names: those that `kubeadm config images list` prints, and those
+// in hack/kind's manifests. The pause image is left out: Gantry's Pods need none.
 func WriteKubeadm(ctx context.Context, bin, dir string, names []string, archive, progress io.Writer) error {
 	return with(&builder{bin: bin, dir: dir, progress: progress}, func(b *builder) error {
 		images := map[ref.Reference]v1.Image{}
