@@ -41,8 +41,7 @@ impl ImageVolumes for VolumeImages {
                 }
                 ("Never" | "IfNotPresent", Some(image)) => image,
                 _ => {
-                    let reference: Reference =
-                        requested.parse().map_err(|error: ImageError| error.to_string())?;
+                    let reference: Reference = requested.parse().map_err(|error: ImageError| error.to_string())?;
                     let credentials = self.keyring.lookup(&reference);
                     self.images.pull(requested, &credentials, None).await.map_err(|error| error.to_string())?.image
                 }

@@ -144,10 +144,9 @@ impl Client {
             let request = request.body(body).map_err(CliError::broken)?;
             sender.send_request(request).await.map_err(CliError::broken)
         };
-        let response =
-            tokio::time::timeout(deadline, exchange).await.map_err(|_| {
-            CliError::broken(format_args!("none in {} minutes", deadline.as_secs() / 60))
-        })??;
+        let response = tokio::time::timeout(deadline, exchange)
+            .await
+            .map_err(|_| CliError::broken(format_args!("none in {} minutes", deadline.as_secs() / 60)))??;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

@@ -108,7 +108,10 @@ mod tests {
             last_used: 0,
         };
         let status = &inspected(&image)["status"];
-        assert_eq!((&status["id"], &status["repoTags"][0]), (&"sha256:0123".into(), &"docker.io/library/app:v1".into()));
+        assert_eq!(
+            (&status["id"], &status["repoTags"][0]),
+            (&"sha256:0123".into(), &"docker.io/library/app:v1".into())
+        );
         for line in ["version = 3", "io.containerd.cri.v1.images", "snapshotter = 'overlayfs'"] {
             assert!(CONFIGURATION.contains(line));
         }

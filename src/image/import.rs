@@ -97,7 +97,8 @@ impl ImageStore {
     pub fn tag(&self, reference: &str, name: &str) -> Result<Option<Image>, ImageError> {
         let name: Reference = name.parse()?;
         let Some(image) = self.resolve(reference)? else { return Ok(None) };
-        let damaged = |what: &str| wrong(format!("{what} of image {reference} is damaged: remove the image and add it again"));
+        let damaged =
+            |what: &str| wrong(format!("{what} of image {reference} is damaged: remove the image and add it again"));
         let manifest = self.layout.read_blob(&image.manifest).ok_or_else(|| damaged("the manifest"))?;
         let config = self.layout.read_blob(&image.config_digest).ok_or_else(|| damaged("the configuration"))?;
         let Ok(Document::Manifest(parsed)) = Document::parse(&manifest) else { return Err(damaged("the manifest")) };
@@ -335,7 +336,8 @@ impl Members {
             return Err(wrong(format!("image {} has no name: save it by name, not by ID", image.config)));
         }
         let descriptor = |media_type: String, member: &Member| {
-            serde_json::json!({"mediaType": media_type, "digest": member.digest, "size": member.size})
+            let Member { digest, size, .. } = member;
+            serde_json::json!({"mediaType": media_type, "digest": digest, "size": size})
         };
         let layers = image.layers.iter().flatten().map(|layer| {
             let member = self.named(layer)?;

@@ -196,10 +196,9 @@ fn image_routes(api: &Arc<dyn LocalApi>) -> BoxedFilter<(Response,)> {
     list.or(import).unify().or(tag).unify().or(remove).unify().or(pulls).unify().boxed()
 }
 
-fn archive(
-    body: impl futures::Stream<Item = Result<impl Buf, warp::Error>> + Send + 'static,
-) -> Archive {
-    body.map(|piece| piece.map(|mut piece| piece.copy_to_bytes(piece.remaining())).map_err(std::io::Error::other)).boxed()
+fn archive(body: impl futures::Stream<Item = Result<impl Buf, warp::Error>> + Send + 'static) -> Archive {
+    body.map(|piece| piece.map(|mut piece| piece.copy_to_bytes(piece.remaining())).map_err(std::io::Error::other))
+        .boxed()
 }
 
 fn pod_routes(api: &Arc<dyn LocalApi>) -> BoxedFilter<(Response,)> {

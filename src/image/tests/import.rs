@@ -77,7 +77,10 @@ fn a_layout_is_an_image_of_this_machine() {
     let image = TestImage::new(&[&below, &above]);
     for (indexed, annotations) in [
         (false, json!({"org.opencontainers.image.ref.name": "app:v1"})),
-        (true, json!({"org.opencontainers.image.ref.name": "v1", "io.containerd.image.name": "docker.io/library/app:v1"})),
+        (
+            true,
+            json!({"org.opencontainers.image.ref.name": "v1", "io.containerd.image.name": "docker.io/library/app:v1"}),
+        ),
     ] {
         let node = TestStore::new();
         let mut members = oci_archive(&image, &[&below, &above], indexed, &annotations);
