@@ -1,5 +1,5 @@
 // Command coredns is upstream's DNS server with the plug-ins that a cluster
-// needs. It is a module of its own: what it requires must not decide what
+// needs, kubeadm's configuration of it included. It is a module of its own: what it requires must not decide what
 // Kubernetes is built from.
 package main
 
@@ -14,14 +14,16 @@ import (
 	_ "github.com/coredns/coredns/plugin/kubernetes"
 	_ "github.com/coredns/coredns/plugin/loadbalance"
 	_ "github.com/coredns/coredns/plugin/log"
+	_ "github.com/coredns/coredns/plugin/loop"
 	_ "github.com/coredns/coredns/plugin/metrics"
 	_ "github.com/coredns/coredns/plugin/ready"
+	_ "github.com/coredns/coredns/plugin/reload"
 )
 
 // The order is that in which a query passes the plug-ins.
 func init() {
 	dnsserver.Directives = []string{
-		"health", "ready", "prometheus", "errors", "log", "cache", "loadbalance", "kubernetes", "forward",
+		"reload", "health", "ready", "prometheus", "errors", "log", "cache", "loadbalance", "kubernetes", "loop", "forward",
 	}
 }
 

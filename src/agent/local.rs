@@ -19,7 +19,7 @@ use crate::image::ImageError;
 use crate::pod::model::Verdict;
 use crate::pod::worker::Message;
 use crate::server::Server;
-use crate::server::local::{LocalApi, LocalError, LocalImage, PodNews, PodRef, Pull};
+use crate::server::local::{Archive, LocalApi, LocalError, LocalImage, PodNews, PodRef, Pull};
 use crate::source::{Origin, PodChange, PodKey, origin, parse_manifest};
 
 /// How long an agent that is just ending may keep the state directory.
@@ -262,6 +262,14 @@ impl LocalApi for LocalNode {
             last_used: seconds(image.last_used),
         });
         images.collect()
+    }
+
+    fn import_images(&self, archive: Archive) -> BoxFuture<'_, Result<Vec<String>, LocalError>> {
+        super::images::import(self.node.images.clone(), archive).boxed()
+    }
+
+    fn tag_image(&self, reference: String, name: String) -> BoxFuture<'_, Result<String, LocalError>> {
+        super::images::tag(self.node.images.clone(), reference, name).boxed()
     }
 
     fn remove_image(&self, reference: String) -> BoxFuture<'_, Result<(), LocalError>> {

@@ -9,17 +9,24 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use clap::{Arg, ArgMatches};
+use futures::TryStreamExt;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Full, Limited, StreamBody};
+use hyper::body::{Body, Frame, Incoming};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use tokio::io::AsyncRead;
 use tokio::net::UnixStream;
+use tokio_util::io::ReaderStream;
 
 use crate::agent::socket_path;
 
 /// Longest wait for the head of an answer. Removing a large image is the slowest that is asked for.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// Longest wait for the head of the answer to an upload, which comes when all has been taken.
+const UPLOAD_DEADLINE: Duration = Duration::from_secs(3600);
+/// Pieces in which an upload is read.
+const PIECE: usize = 256 << 10;
 /// Largest answer that is taken as a whole.
 const MAX_ANSWER: usize = 64 << 20;
 /// Longest line of a stream: a Pod with all it has.
@@ -101,6 +108,32 @@ impl Client {
 
     /// Sends a request; an answer that is no success is an error with the agent's text.
     pub(super) async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, CliError> {
+        self.exchange(method, path, Full::new(body), DEADLINE).await
+    }
+
+    /// `POST` of something of any length, and the JSON that comes back.
+    pub(super) async fn upload<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        content: impl AsyncRead + Send + Unpin + 'static,
+    ) -> Result<T, CliError> {
+        let body = StreamBody::new(ReaderStream::with_capacity(content, PIECE).map_ok(Frame::data));
+        let response = self.exchange(Method::POST, path, body, UPLOAD_DEADLINE).await?;
+        serde_json::from_slice(&whole(response.into_body()).await?).map_err(CliError::broken)
+    }
+
+    async fn exchange<B>(
+        &self,
+        method: Method,
+        path: &str,
+        body: B,
+        deadline: Duration,
+    ) -> Result<Response<Incoming>, CliError>
+    where
+        B: Body + Send + Unpin + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let stream = self.connect().await?;
         let exchange = async {
             let (mut sender, connection) =
@@ -108,11 +141,12 @@ impl Client {
             // ends with the body of the answer
             tokio::spawn(connection);
             let request = Request::builder().method(method).uri(path).header(http::header::HOST, "localhost");
-            let request = request.body(Full::new(body)).map_err(CliError::broken)?;
+            let request = request.body(body).map_err(CliError::broken)?;
             sender.send_request(request).await.map_err(CliError::broken)
         };
-        let response =
-            tokio::time::timeout(DEADLINE, exchange).await.map_err(|_| CliError::broken("none in two minutes"))??;
+        let response = tokio::time::timeout(deadline, exchange)
+            .await
+            .map_err(|_| CliError::broken(format_args!("none in {} minutes", deadline.as_secs() / 60)))??;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

@@ -1,7 +1,7 @@
 //! The command line: one file per subcommand.
 //!
 //! Called as `kubelet` (a link to our file), the program behaves as `gantry agent`, so that units, images and
-//! tools made for kubelet work unchanged.
+//! tools made for kubelet work unchanged. Called as `ctr`, `crictl` or `containerd` it does the little that `kind` asks of them.
 
 mod agent;
 mod client;
@@ -14,11 +14,12 @@ mod logs;
 mod ps;
 mod rm;
 mod run;
+mod stand_in;
 mod table;
 mod target;
 mod version;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -53,6 +54,12 @@ pub fn main(args: Vec<OsString>, run_agent: fn(Config) -> ExitCode) -> ExitCode 
     let program = args.first().map(Path::new).and_then(Path::file_name);
     if program.is_some_and(|name| name == "kubelet") {
         return kubelet(args, run_agent);
+    }
+    if let Some(program) = program.and_then(OsStr::to_str) {
+        let arguments: Option<Vec<&str>> = args.iter().skip(1).map(|argument| argument.to_str()).collect();
+        if let Some(code) = stand_in::run(program, &arguments.unwrap_or_default()) {
+            return code;
+        }
     }
     let mut command = Command::new("gantry")
         .about("A complete Kubernetes node: kubelet, container runtime, image store and Pod network")

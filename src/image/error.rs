@@ -65,6 +65,12 @@ pub enum ImageError {
         /// Entry and rule.
         detail: String,
     },
+    /// An archive of images cannot be imported. Not transient.
+    #[error("image archive: {detail}")]
+    Archive {
+        /// What was wrong, with the member or image it was wrong in, and the remedy.
+        detail: String,
+    },
     /// The image is used by a container or by this process. Transient.
     #[error("image \"{name}\" is in use: delete the containers that use it first")]
     InUse {
@@ -127,6 +133,7 @@ impl ImageError {
             | Self::AccessDenied { .. }
             | Self::Pull { .. }
             | Self::Layer { .. }
+            | Self::Archive { .. }
             | Self::Credentials { .. } => "ErrImagePull",
         }
     }

@@ -115,14 +115,14 @@ impl<R: Read> Read for Hashed<R> {
 }
 
 /// The compressions of the image specification, told apart by their magic numbers: media types are often wrong.
-enum Decoder<R: BufRead> {
+pub(super) enum Decoder<R: BufRead> {
     Plain(R),
     Gzip(Box<MultiGzDecoder<R>>),
     Zstd(zstd::Decoder<'static, R>),
 }
 
 impl<R: BufRead> Decoder<io::Chain<Cursor<Vec<u8>>, R>> {
-    fn detect(mut reader: R) -> io::Result<Self> {
+    pub fn detect(mut reader: R) -> io::Result<Self> {
         let mut magic = Vec::with_capacity(4);
         reader.by_ref().take(4).read_to_end(&mut magic)?;
         let gzip = magic.starts_with(&[0x1f, 0x8b, 0x08]);

@@ -30,7 +30,7 @@ const PIECES: usize = 16;
 /// Progress that makes a broken connection worth another round of tries.
 const PROGRESS: u64 = 64 << 10;
 /// An index may point at indexes, but not for ever.
-const MAX_NESTING: usize = 3;
+pub(super) const MAX_NESTING: usize = 3;
 
 /// A finished pull.
 #[derive(Clone, Debug)]
@@ -64,7 +64,7 @@ pub(super) struct LayerJobs(HashMap<(Digest, Digest), (WeakShared<LayerFuture>, 
 
 /// A layer that can be used once it is in its place.
 #[derive(Clone, Debug)]
-enum Ready {
+pub(super) enum Ready {
     /// Was there before.
     Present,
     /// Is unpacked and waits for the commit.
@@ -327,7 +327,7 @@ impl Pull {
 }
 
 /// Puts a pull's files in their places and its names in the index. Blocking.
-fn publish_image(
+pub(super) fn publish_image(
     store: &ImageStore,
     image: &Image,
     images: Vec<Image>,

@@ -6,6 +6,8 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /images` | array of [`LocalImage`] |
+//! | `POST /images` with an archive | array of the names that were imported; 400 with what is wrong |
+//! | `POST /images/<reference>/tag?name=<name>` | array with the new name; 404 |
 //! | `DELETE /images/<reference>` | 204; 404; 409 while a container has it |
 //! | `GET /pulls` | array of [`Pull`] |
 //! | `POST /pods?manifest=<path>` with the manifest | array of [`PodRef`]; 400 with what is wrong; 409 if the name is taken |
@@ -14,8 +16,8 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use futures::{StreamExt, future::BoxFuture};
+use bytes::{Buf, Bytes};
+use futures::{StreamExt, future::BoxFuture, stream::BoxStream};
 use http::StatusCode;
 use k8s_openapi::api::core::v1::Pod;
 use serde::{Deserialize, Serialize};
@@ -115,10 +117,19 @@ impl From<LocalError> for Response {
     }
 }
 
+/// The bytes of an archive, as they come in.
+pub type Archive = BoxStream<'static, std::io::Result<Bytes>>;
+
 /// The node, as seen by somebody at this machine.
 pub trait LocalApi: Send + Sync + 'static {
     /// All images, largest first.
     fn images(&self) -> Vec<LocalImage>;
+
+    /// Imports an archive of images; returns their names. The body is read no faster than it is written to disk.
+    fn import_images(&self, archive: Archive) -> BoxFuture<'_, Result<Vec<String>, LocalError>>;
+
+    /// Gives an image one more name; returns it in full.
+    fn tag_image(&self, reference: String, name: String) -> BoxFuture<'_, Result<String, LocalError>>;
 
     /// Removes an image with all its names.
     fn remove_image(&self, reference: String) -> BoxFuture<'_, Result<(), LocalError>>;
@@ -157,6 +168,24 @@ fn image_routes(api: &Arc<dyn LocalApi>) -> BoxedFilter<(Response,)> {
         .and(warp::get())
         .and(with(api))
         .map(|api: Arc<dyn LocalApi>| respond::json(&api.images()));
+    let import = warp::path!("images").and(warp::post()).and(warp::body::stream()).and(with(api)).then(
+        async |body, api: Arc<dyn LocalApi>| {
+            answer(api.import_images(archive(body)).await, |names| respond::json(&names))
+        },
+    );
+    let tag = warp::path("images")
+        .and(segment())
+        .and(warp::path("tag"))
+        .and(warp::path::end())
+        .and(warp::post())
+        .and(parsed_query())
+        .and(with(api))
+        .then(async |reference: String, query: Query, api: Arc<dyn LocalApi>| {
+            let Some(name) = query.first("name") else {
+                return LocalError::Invalid("name: the new name is missing".into()).into();
+            };
+            answer(api.tag_image(reference, name.to_owned()).await, |name| respond::json(&[name]))
+        });
     let remove = warp::path("images").and(segment()).and(warp::path::end()).and(warp::delete()).and(with(api)).then(
         async |reference: String, api: Arc<dyn LocalApi>| {
             answer(api.remove_image(reference).await, |()| StatusCode::NO_CONTENT.into_response())
@@ -164,7 +193,12 @@ fn image_routes(api: &Arc<dyn LocalApi>) -> BoxedFilter<(Response,)> {
     );
     let pulls =
         warp::path!("pulls").and(warp::get()).and(with(api)).map(|api: Arc<dyn LocalApi>| respond::json(&api.pulls()));
-    list.or(remove).unify().or(pulls).unify().boxed()
+    list.or(import).unify().or(tag).unify().or(remove).unify().or(pulls).unify().boxed()
+}
+
+fn archive(body: impl futures::Stream<Item = Result<impl Buf, warp::Error>> + Send + 'static) -> Archive {
+    body.map(|piece| piece.map(|mut piece| piece.copy_to_bytes(piece.remaining())).map_err(std::io::Error::other))
+        .boxed()
 }
 
 fn pod_routes(api: &Arc<dyn LocalApi>) -> BoxedFilter<(Response,)> {

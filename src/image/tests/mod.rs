@@ -2,6 +2,7 @@
 //!
 //! They need root, as the node does: owners, devices, extended attributes and mounts are real.
 
+mod import;
 mod mount;
 mod pull;
 mod registry;
