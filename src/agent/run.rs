@@ -21,7 +21,7 @@ use super::pods::Pods;
 use super::progress::Pulls;
 use super::records::Records;
 use super::shutdown::{Shutdown, ended_by_shutdown};
-use super::{allocatable, images, local, process, serving, sources};
+use super::{allocatable, images, leave, local, process, serving, sources};
 use crate::config::Config;
 use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
 use crate::network::dns::{NodeDns, ResolvConf};
@@ -119,7 +119,15 @@ async fn run(config: Arc<Config>) -> Result<(), String> {
         _ = interrupt.recv() => return Ok(()),
     };
     tokio::select! {
-        _ = terminate.recv() => if running.shutdown.is_meant_by_sigterm() {
+        _ = terminate.recv() => if let Some(settings) = &running.node.config.leave {
+            tokio::select! {
+                result = leave::run(&running.node, settings, &running.cluster.cancel) => if let Err(error) = result {
+                    tracing::error!("{error}");
+                },
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        } else if running.shutdown.is_meant_by_sigterm() {
             tracing::info!("SIGTERM: the node ends, and its Pods in order; another signal lets them run on");
             tokio::select! {
                 () = running.shutdown.run() => {}

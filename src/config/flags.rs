@@ -15,6 +15,7 @@ use serde_json::{Map as JsonMap, Value, json};
 use super::duration::Duration;
 use super::flag_table::{FLAGS, Flag, Kind, VARIABLES};
 use super::k3s::{K3s, Secret};
+use super::leave::{self, Leave};
 use crate::network::cni::{CniConfig, CniUse, DEADLINE};
 
 /// A flag whose value is wrong; terminal: the command line must be mended.
@@ -76,6 +77,8 @@ pub struct Flags {
     pub cluster_cidrs: Vec<IpNet>,
     /// `--nested`.
     pub nested: bool,
+    /// `--leave-*`.
+    pub leave: Option<Leave>,
     /// `--network-plugin` and `--cni-*`.
     pub cni: CniConfig,
     /// `--minimum-container-ttl-duration`.
@@ -148,6 +151,7 @@ impl Flags {
         self.kubeconfig = None;
         self.bootstrap_kubeconfig = None;
         self.k3s = None;
+        self.leave = None;
         if self.config.is_none() && self.config_dir.is_none() {
             // what flags say comes later and wins
             self.fields.insert(0, ("failCgroupV1", false.into()));
@@ -222,6 +226,11 @@ impl Flags {
             image_credential_provider_bin_dir: path("image-credential-provider-bin-dir"),
             data_dir,
             nested: flag("nested"),
+            leave: leave::from_flags(
+                text("leave-stateful-set"),
+                path("leave-kubeconfig"),
+                text("leave-timeout").and_then(|text| text.parse().ok()),
+            )?,
             cni,
             state_dir: path("state-dir").unwrap_or_else(|| "/run/gantry".into()),
             container_logs_dir: path("container-logs-dir").unwrap_or_else(|| "/var/log/containers".into()),

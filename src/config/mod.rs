@@ -7,6 +7,7 @@ mod gate_table;
 mod gates;
 mod k3s;
 mod kubelet;
+mod leave;
 mod load;
 pub(crate) mod names;
 mod validate;
@@ -23,6 +24,7 @@ pub use flags::{FlagError, Flags, command, normalize};
 pub use gates::{FeatureGates, GateError, Stage};
 pub use k3s::{K3s, Secret};
 pub use kubelet::*;
+pub use leave::{Leave, StatefulSetName};
 pub use load::LoadError;
 
 use crate::network::cni::CniConfig;
@@ -59,6 +61,8 @@ pub struct Config {
     pub cluster_cidrs: Vec<IpNet>,
     /// The node is a container of another node.
     pub nested: bool,
+    /// What this node's Pod belongs to, and how it leaves with it.
+    pub leave: Option<Leave>,
     /// CNI plugins.
     pub cni: CniConfig,
     /// Credential provider configuration file or directory.
@@ -189,6 +193,7 @@ impl Config {
             bridge_name: flags.bridge_name,
             cluster_cidrs: flags.cluster_cidrs,
             nested: flags.nested,
+            leave: flags.leave,
             cni: flags.cni,
             image_credential_provider_config: flags.image_credential_provider_config,
             image_credential_provider_bin_dir: flags.image_credential_provider_bin_dir,
@@ -230,6 +235,7 @@ impl Config {
             bridge_name: "gantry0".into(),
             cluster_cidrs: Vec::new(),
             nested: false,
+            leave: None,
             cni: CniConfig::never(root.join("cni")),
             image_credential_provider_config: None,
             image_credential_provider_bin_dir: None,
