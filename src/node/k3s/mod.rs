@@ -10,6 +10,8 @@ mod password;
 mod renewal;
 mod settings;
 mod supervisor;
+#[cfg(test)]
+mod tests;
 mod token;
 mod tunnel;
 

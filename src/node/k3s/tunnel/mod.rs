@@ -6,6 +6,8 @@
 mod frame;
 mod session;
 mod target;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::io;
