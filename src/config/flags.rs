@@ -14,7 +14,7 @@ use serde_json::{Map as JsonMap, Value, json};
 
 use super::duration::Duration;
 use super::flag_table::{FLAGS, Flag, Kind, VARIABLES};
-use super::k3s::{K3s, Secret};
+use super::k3s::{self, K3s};
 use super::leave::{self, Leave};
 use crate::network::cni::{CniConfig, CniUse, DEADLINE};
 
@@ -213,7 +213,7 @@ impl Flags {
             config_dir: path("config-dir"),
             kubeconfig: path("kubeconfig"),
             bootstrap_kubeconfig: path("bootstrap-kubeconfig"),
-            k3s: k3s(&text)?,
+            k3s: k3s::from_flags(&text)?,
             hostname_override: text("hostname-override"),
             node_ips: node_ips(&text("node-ip").unwrap_or_default(), cloud == "external")?,
             cert_dir: path("cert-dir").unwrap_or_else(|| "/var/lib/kubelet/pki".into()),
@@ -247,34 +247,6 @@ impl Flags {
             given,
         })
     }
-}
-
-/// The server to join and what proves that we may; a token without a server is of no use, and may be meant for others
-/// if it is in the environment.
-fn k3s(text: &impl Fn(&'static str) -> Option<String>) -> Result<Option<K3s>, FlagError> {
-    let error = |flag, value: &str, message: &str| FlagError { flag, value: value.to_owned(), message: message.into() };
-    let (token, token_file) = (text("k3s-token"), text("k3s-token-file").map(PathBuf::from));
-    let Some(server) = text("k3s-server") else { return Ok(None) };
-    let uri: Option<http::Uri> = server.parse().ok();
-    if uri.is_none_or(|uri| uri.scheme_str() != Some("https") || uri.host().is_none()) {
-        return Err(error("k3s-server", &server, "write the server's URL, https://HOST:6443"));
-    }
-    // the token stays out of messages
-    match (&token, &token_file) {
-        (None, None) => {
-            let message = "--k3s-server needs it: copy /var/lib/rancher/k3s/server/node-token from the server";
-            return Err(error("k3s-token-file", "", message));
-        }
-        (Some(_), Some(_)) => return Err(error("k3s-token-file", "", "give this or --k3s-token, not both")),
-        _ => {}
-    }
-    Ok(Some(K3s {
-        server,
-        token: token.map(Secret::new),
-        token_file,
-        node_password_file: text("k3s-node-password-file")
-            .map_or_else(|| "/etc/rancher/node/password".into(), PathBuf::from),
-    }))
 }
 
 fn cidr(value: String) -> Result<IpNet, FlagError> {
@@ -522,27 +494,6 @@ mod tests {
         let all = flags(&["--network-plugin=cni", "--cni-bin-dir=/a,/b", "--cni-bin-dir=/c", "--cni-cache-dir=/e"]);
         assert_eq!((all.policy, all.bin_dirs.len()), (CniUse::Required, 3));
         assert_eq!(all.cache_dir, PathBuf::from("/e"));
-    }
-
-    #[test]
-    fn a_k3s_server_and_its_token() {
-        let k3s = flags(&["--k3s-server=https://h:6443", "--k3s-token-file=/t"]).unwrap().k3s.unwrap();
-        assert_eq!((k3s.server.as_str(), k3s.token_file), ("https://h:6443", Some("/t".into())));
-        assert_eq!(k3s.node_password_file, PathBuf::from("/etc/rancher/node/password"));
-        let given = flags(&["--k3s-server=https://h", "--k3s-token=K10s3cret", "--k3s-node-password-file=/p"]).unwrap();
-        assert!(!format!("{given:?}").contains("s3cret"));
-        assert_eq!(given.standalone().k3s, None);
-        assert_eq!(flags(&["--k3s-token=x"]).unwrap().k3s, None);
-        for (args, flag) in [
-            (&["--k3s-server=h:6443", "--k3s-token=s3cret"][..], "k3s-server"),
-            (&["--k3s-server=http://h", "--k3s-token=s3cret"], "k3s-server"),
-            (&["--k3s-server=https://h"], "k3s-token-file"),
-            (&["--k3s-server=https://h", "--k3s-token=s3cret", "--k3s-token-file=/t"], "k3s-token-file"),
-        ] {
-            let error = flags(args).unwrap_err();
-            assert_eq!(error.flag, flag);
-            assert!(!error.to_string().contains("s3cret"));
-        }
     }
 
     #[test]
