@@ -119,22 +119,13 @@ async fn run(config: Arc<Config>) -> Result<(), String> {
         _ = interrupt.recv() => return Ok(()),
     };
     tokio::select! {
-        _ = terminate.recv() => if let Some(settings) = &running.node.config.leave {
+        _ = terminate.recv() => {
             tokio::select! {
-                result = leave::run(&running.node, settings, &running.cluster.cancel) => if let Err(error) = result {
-                    tracing::error!("{error}");
-                },
+                () = running.end() => {}
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-        } else if running.shutdown.is_meant_by_sigterm() {
-            tracing::info!("SIGTERM: the node ends, and its Pods in order; another signal lets them run on");
-            tokio::select! {
-                () = running.shutdown.run() => {}
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        },
+        }
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping; Pods that are left run on");
@@ -160,6 +151,19 @@ struct Running {
 }
 
 impl Running {
+    /// What SIGTERM asks for beside the agent's own end: the node's, from the cluster or of its Pods.
+    async fn end(&self) {
+        if let Some(settings) = &self.node.config.leave
+            && let Err(error) = leave::run(&self.node, settings, &self.cluster.cancel).await
+        {
+            tracing::error!("{error}");
+        }
+        if self.shutdown.is_meant_by_sigterm() {
+            tracing::info!("SIGTERM: the node ends, and its Pods in order; another signal lets them run on");
+            self.shutdown.run().await;
+        }
+    }
+
     /// Lets go of the Pods.
     async fn stop(self) {
         self.cluster.cancel.cancel();

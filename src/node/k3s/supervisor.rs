@@ -231,7 +231,10 @@ impl Supervisor {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         let ask = Ask { method: Method::POST, path, headers, body: request.into() };
         let reply = match self.authenticated(ask).await {
-            Err(SupervisorError::Refused { status: StatusCode::FORBIDDEN, message, server, .. }) => {
+            // with that word alone it is about who asks (k3s `doAuth`), not about the password
+            Err(SupervisorError::Refused { status: StatusCode::FORBIDDEN, message, server, .. })
+                if message != "forbidden" =>
+            {
                 return Err(SupervisorError::Password {
                     server,
                     node: applicant.node.to_owned(),

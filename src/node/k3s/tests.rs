@@ -215,16 +215,17 @@ async fn refusals_name_the_remedy() {
     let server = Server::start().await;
     let dir = tempfile::tempdir().unwrap();
     let config = server.config(dir.path(), &server.token());
-    for (path, status, words) in [
-        ("/v1-k3s/config", 401, "does not accept the token"),
-        ("/v1-k3s/config", 403, "must be one for agents"),
-        ("/v1-k3s/config", 503, "is not ready yet"),
-        ("/v1-k3s/client-kubelet.crt", 403, "kube-system/n.node-password.k3s"),
-        ("/v1-k3s/client-kubelet.crt", 503, "is not ready yet"),
-        ("/v1-k3s/client-kubelet.crt", 200, "no certificate"),
-        ("/v1-k3s/client-ca.crt", 200, "is that a k3s server?"),
+    for (path, status, body, words) in [
+        ("/v1-k3s/config", 401, "{}", "does not accept the token"),
+        ("/v1-k3s/config", 403, "{}", "must be one for agents"),
+        ("/v1-k3s/config", 503, "{}", "is not ready yet"),
+        ("/v1-k3s/client-kubelet.crt", 403, "{}", "kube-system/n.node-password.k3s"),
+        ("/v1-k3s/client-kubelet.crt", 403, r#"{"message":"forbidden"}"#, "must be one for agents"),
+        ("/v1-k3s/client-kubelet.crt", 503, "{}", "is not ready yet"),
+        ("/v1-k3s/client-kubelet.crt", 200, "{}", "no certificate"),
+        ("/v1-k3s/client-ca.crt", 200, "{}", "is that a k3s server?"),
     ] {
-        server.answer_once(path, status, "{}");
+        server.answer_once(path, status, body);
         let error = attempt(&config).await.unwrap_err();
         assert!(error.to_string().contains(words) && !error.is_terminal(), "{path} {status}: {error}");
         assert!(!error.to_string().contains("s3cret"));
