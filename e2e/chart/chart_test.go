@@ -104,6 +104,14 @@ func typed[T any](t *testing.T, objects map[string][]*unstructured.Unstructured,
 	return &object
 }
 
+func names(objects []*unstructured.Unstructured) []string {
+	var names []string
+	for _, object := range objects {
+		names = append(names, object.GetName())
+	}
+	return names
+}
+
 func TestTemplate(t *testing.T) {
 	for name, flags := range valuesFiles(t) {
 		t.Run(name, func(t *testing.T) {
@@ -152,8 +160,8 @@ func TestValuesAreHeeded(t *testing.T) {
 			t.Errorf("%s is missing in:\n%s", arg, args)
 		}
 	}
-	if *set.Spec.Replicas != 3 || len(objects["ClusterRoleBinding"]) != 0 {
-		t.Error("replicas, or rights that a token makes needless")
+	if bindings := names(objects["ClusterRoleBinding"]); *set.Spec.Replicas != 3 || !slices.Equal(bindings, []string{"nodes-edge-gantry-leave"}) {
+		t.Errorf("replicas, or rights that a token makes needless: %v", bindings)
 	}
 	config := typed[corev1.ConfigMap](t, objects, "ConfigMap").Data
 	var file kubelet.KubeletConfiguration
@@ -171,16 +179,33 @@ func TestValuesAreHeeded(t *testing.T) {
 	}
 
 	objects = template(t)
-	if len(objects["ClusterRoleBinding"]) != 2 || len(objects["Secret"]) != 0 {
-		t.Errorf("a ServiceAccount needs two bindings and no Secret: %v", objects["ClusterRoleBinding"])
+	if len(objects["ClusterRoleBinding"]) != 3 || len(objects["Secret"]) != 0 {
+		t.Errorf("a ServiceAccount needs two bindings to join, one to leave, and no Secret: %v", names(objects["ClusterRoleBinding"]))
+	}
+	// What leaving takes is there with it, and not without.
+	leaving := []string{"Role", "ClusterRole", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "Job"}
+	without := template(t, "--set=leave.enabled=false")
+	for _, kind := range leaving {
+		if len(objects[kind]) == 0 || len(without[kind]) != 0 {
+			t.Errorf("%s: %v with leave.enabled, %v without", kind, names(objects[kind]), names(without[kind]))
+		}
+	}
+	if args := typed[appsv1.StatefulSet](t, without, "StatefulSet").Spec.Template.Spec.Containers[0].Args; strings.Contains(strings.Join(args, "\n"), "--leave") {
+		t.Errorf("leave.enabled is false: %v", args)
+	}
+	args = strings.Join(typed[appsv1.StatefulSet](t, objects, "StatefulSet").Spec.Template.Spec.Containers[0].Args, "\n")
+	for _, arg := range []string{"--leave-stateful-set=nodes/edge-gantry", "--leave-timeout=225s"} {
+		if !strings.Contains(args, arg) {
+			t.Errorf("%s is missing in:\n%s", arg, args)
+		}
 	}
 	objects = template(t, flags["persistent"]...)
 	set = typed[appsv1.StatefulSet](t, objects, "StatefulSet")
 	if set.Name != "edge" || len(set.Spec.VolumeClaimTemplates) != 1 || set.Spec.Template.Spec.ServiceAccountName != "other" {
 		t.Errorf("%s %v", set.Name, set.Spec.VolumeClaimTemplates)
 	}
-	if len(objects["ServiceAccount"]) != 0 || len(objects["PodMonitor"]) != 1 {
-		t.Error("ServiceAccount or PodMonitor")
+	if accounts := names(objects["ServiceAccount"]); !slices.Equal(accounts, []string{"edge-retire"}) || len(objects["PodMonitor"]) != 1 {
+		t.Errorf("ServiceAccounts %v, or PodMonitor", accounts)
 	}
 }
 
@@ -201,6 +226,7 @@ func TestWrongValues(t *testing.T) {
 		"--set=terminationGracePeriodSeconds=soon":     "terminationGracePeriodSeconds",
 		"--set-json=cluster.dns=\"10.96.0.10\"":        "dns",
 		"--set=podMonitor.enabled=perhaps":             "enabled",
+		"--set=leave.enabled=perhaps":                  "enabled",
 	} {
 		out, err := helm(t, "template", "edge", chartDir, flag)
 		if err == nil || !strings.Contains(out, complaint) {

@@ -37,7 +37,9 @@ func push(t *testing.T, e *kit.Env, binary, image string) {
 				return nil, err
 			}
 		}
-		for target, source := range map[string]string{"usr/bin/gantry": binary, "etc/ssl/certs/ca-certificates.crt": "/etc/ssl/certs/ca-certificates.crt"} {
+		// The same bytes each time: it is read more than once.
+		for _, file := range [][2]string{{"usr/bin/gantry", binary}, {"etc/ssl/certs/ca-certificates.crt", "/etc/ssl/certs/ca-certificates.crt"}} {
+			target, source := file[0], file[1]
 			content, err := os.ReadFile(source)
 			if err != nil {
 				return nil, err
@@ -82,9 +84,9 @@ func diffIDs(t *testing.T, layer v1.Layer) []v1.Hash {
 	return []v1.Hash{id}
 }
 
-// A user's way: install, look at the new node, use it, more of them, an
-// upgrade, uninstall. The only node of the cluster is Gantry: this is Gantry
-// in Gantry.
+// A user's way: install, look at the new node, use it, more of them, fewer of
+// them, an upgrade, uninstall. Nodes leave the cluster when they go for good, and
+// only then. The only node of the cluster is Gantry: this is Gantry in Gantry.
 func TestInstall(t *testing.T) {
 	e := kit.New(t)
 	binary := os.Getenv("GANTRY_BIN")
@@ -102,6 +104,7 @@ func TestInstall(t *testing.T) {
 		"--namespace=" + e.Namespace, "--kubeconfig=" + e.Kubeconfig,
 		"--set=image.repository=" + e.Image("gantry"), "--set=image.tag=test", "--set=apiServer.url=" + e.Config.Host,
 		"--set-json=extraArgs=[\"--insecure-registry=" + e.Registry + "\"]",
+		"--set=terminationGracePeriodSeconds=90",
 		`--set=nodeSelector.kubernetes\.io/hostname=node-1`,
 		"--set-json=cluster.dns=[\"10.96.0.10\"]",
 		"--set-json=node.taints=[{\"key\":\"gantry/nested\",\"value\":\"true\",\"effect\":\"NoSchedule\"}]",
@@ -189,8 +192,10 @@ func TestInstall(t *testing.T) {
 
 	do("upgrade", "edge", chartDir, "--set=replicas=2")
 	ready(2)
-	// As the notes say: the Node goes before its Pod.
-	if err := e.Client.CoreV1().Nodes().Delete(e.Ctx, "edge-gantry-1", metav1.DeleteOptions{}); err != nil {
+	t.Run("others' Nodes", func(t *testing.T) { othersNodesAreSafe(t, e.In(t)) })
+	t.Run("scaled down", func(t *testing.T) { scaledDown(t, e.In(t), pod) })
+	node, err := e.Client.CoreV1().Nodes().Get(e.Ctx, "edge-gantry-0", metav1.GetOptions{})
+	if err != nil {
 		t.Fatal(err)
 	}
 	before, err := e.Client.CoreV1().Pods(e.Namespace).Get(e.Ctx, "edge-gantry-0", metav1.GetOptions{})
@@ -207,6 +212,9 @@ func TestInstall(t *testing.T) {
 		return is && pods.Items[0].UID != before.UID, kit.Describe(&pods.Items[0])
 	})
 	ready(1)
+	if after, err := e.Client.CoreV1().Nodes().Get(e.Ctx, "edge-gantry-0", metav1.GetOptions{}); err != nil || after.UID != node.UID || after.Spec.Unschedulable {
+		t.Errorf("an upgrade of the Pod has made its Node another: %v", err)
+	}
 	available()
 	pods, err = e.Client.CoreV1().Pods(e.Namespace).List(e.Ctx, metav1.ListOptions{LabelSelector: "app=guest"})
 	if err != nil {
@@ -219,21 +227,23 @@ func TestInstall(t *testing.T) {
 		})
 	}
 
-	if err := e.Client.AppsV1().Deployments(e.Namespace).Delete(e.Ctx, "guest", metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	for _, pod := range pods.Items {
-		e.WaitGone(pod.Name, time.Minute)
-	}
+	// The Pods have nowhere else to go, and are evicted all the same.
 	if out, err := helm(t, "uninstall", "edge", "--namespace="+e.Namespace, "--kubeconfig="+e.Kubeconfig, "--wait=watcher"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if err := e.Client.CoreV1().Nodes().Delete(e.Ctx, "edge-gantry-0", metav1.DeleteOptions{}); err != nil {
+	left, err := e.Client.CoreV1().Nodes().List(e.Ctx, metav1.ListOptions{LabelSelector: "gantry/nested=true"})
+	if err != nil || len(left.Items) > 0 {
+		t.Errorf("%d Nodes are left after the uninstall: %v", len(left.Items), err)
+	}
+	for _, pod := range pods.Items {
+		e.WaitGone(pod.Name, 10*time.Second)
+	}
+	if err := e.Client.AppsV1().Deployments(e.Namespace).Delete(e.Ctx, "guest", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	// Helm waits for the StatefulSet; its Pods are collected after it.
 	e.Eventually(time.Minute, "nothing is left of the release", func() (bool, string) {
-		out, errOut, err := e.Kubectl(e.Ctx, "get", "all,configmaps,secrets,serviceaccounts,clusterrolebindings,persistentvolumeclaims,nodes",
+		out, errOut, err := e.Kubectl(e.Ctx, "get", "all,configmaps,secrets,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings,persistentvolumeclaims,nodes",
 			"--all-namespaces", "--selector=app.kubernetes.io/instance=edge", "--output=name")
 		return err == nil && out == "", fmt.Sprint(out, errOut, err)
 	})

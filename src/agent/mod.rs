@@ -6,6 +6,7 @@ mod container;
 mod endpoints;
 mod hooks;
 mod images;
+mod leave;
 mod local;
 mod logs;
 mod mirrors;

@@ -21,12 +21,13 @@ use super::pods::Pods;
 use super::progress::Pulls;
 use super::records::Records;
 use super::shutdown::{Shutdown, ended_by_shutdown};
-use super::{allocatable, images, local, process, serving, sources};
+use super::{allocatable, images, leave, local, process, serving, sources};
 use crate::config::Config;
 use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
 use crate::network::dns::{NodeDns, ResolvConf};
 use crate::network::{Network, NetworkConfig};
 use crate::node::client::Credentials;
+use crate::node::k3s::{self, Renewal, Tunnel};
 use crate::node::lease::{self, LeaseSettings};
 use crate::node::rotation::Rotation;
 use crate::node::{
@@ -118,14 +119,13 @@ async fn run(config: Arc<Config>) -> Result<(), String> {
         _ = interrupt.recv() => return Ok(()),
     };
     tokio::select! {
-        _ = terminate.recv() => if running.shutdown.is_meant_by_sigterm() {
-            tracing::info!("SIGTERM: the node ends, and its Pods in order; another signal lets them run on");
+        _ = terminate.recv() => {
             tokio::select! {
-                () = running.shutdown.run() => {}
+                () = running.end() => {}
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-        },
+        }
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping; Pods that are left run on");
@@ -151,6 +151,19 @@ struct Running {
 }
 
 impl Running {
+    /// What SIGTERM asks for beside the agent's own end: the node's, from the cluster or of its Pods.
+    async fn end(&self) {
+        if let Some(settings) = &self.node.config.leave
+            && let Err(error) = leave::run(&self.node, settings, &self.cluster.cancel).await
+        {
+            tracing::error!("{error}");
+        }
+        if self.shutdown.is_meant_by_sigterm() {
+            tracing::info!("SIGTERM: the node ends, and its Pods in order; another signal lets them run on");
+            self.shutdown.run().await;
+        }
+    }
+
     /// Lets go of the Pods.
     async fn stop(self) {
         self.cluster.cancel.cancel();
@@ -197,6 +210,10 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
         tracing::debug!(kubeconfig = %kubeconfig.display(), "bootstrapping if need be");
         bootstrap::ensure_kubeconfig(&config).await.map_err(|error| error.to_string())?;
     }
+    let config = match &config.k3s {
+        Some(_) => Arc::new(k3s::join(&config).await.map_err(|error| error.to_string())?),
+        None => config,
+    };
     let cluster = connect(&config).await?;
     let node = build(&config, &cluster).await?;
     if role == Role::Agent {
@@ -475,13 +492,7 @@ fn watch_cluster(
     let (object, rotated) = (cluster.object.subscribe(), cluster.rotated.subscribe());
     lease::spawn(settings, credentials, object, rotated, cluster.cancel.clone())
         .map_err(|error| format!("start the lease thread: {error}"))?;
-    if config.kubelet.rotate_certificates {
-        tokio::spawn(Rotation::client(config.clone(), api.client(), cluster.rotated.clone()).run());
-    }
-    if config.kubelet.server_tls_bootstrap {
-        let facts = cluster.facts.subscribe();
-        tokio::spawn(Rotation::serving(config.clone(), api.client(), facts, cluster.rotated.clone()).run());
-    }
+    renew_certificates(config, cluster, api);
     let (follower, rotated) = (api.clone(), cluster.rotated.subscribe());
     tokio::spawn(async move { follower.follow(rotated).await });
     let events = cluster.events.clone();
@@ -494,6 +505,24 @@ fn watch_cluster(
     let object = cluster.object.subscribe();
     tokio::spawn(api_source::watch_pods(api.client(), config.node_name.clone(), object, changes.clone()));
     Ok(changes)
+}
+
+/// Keeps the node's certificates valid, by whom it got them from.
+fn renew_certificates(config: &Arc<Config>, cluster: &Cluster, api: &Arc<ApiClient>) {
+    let rotated = cluster.rotated.clone();
+    if let Some(tunnel) = Tunnel::new(config.clone()) {
+        let facts = cluster.facts.subscribe();
+        tokio::spawn(Renewal { config: config.clone(), facts, rotated }.run());
+        tokio::spawn(tunnel.run());
+        return;
+    }
+    if config.kubelet.rotate_certificates {
+        tokio::spawn(Rotation::client(config.clone(), api.client(), rotated.clone()).run());
+    }
+    if config.kubelet.server_tls_bootstrap {
+        let facts = cluster.facts.subscribe();
+        tokio::spawn(Rotation::serving(config.clone(), api.client(), facts, rotated).run());
+    }
 }
 
 /// Gives the network the address ranges that the cluster assigns, and tells the node's health, also when CNI plugins

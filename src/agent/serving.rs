@@ -102,7 +102,7 @@ fn certificate(config: &Config, addresses: &[IpAddr]) -> Result<Arc<ServingCerti
         )
         .map_err(|error| error.to_string());
     }
-    if kubelet.server_tls_bootstrap {
+    if config.serves_with_cluster_certificate() {
         let current = CertStore::serving(&config.paths.cert_dir).current_path();
         if let Ok(certificate) = ServingCertificate::from_files(&current, &current) {
             return Ok(certificate);
@@ -132,7 +132,7 @@ async fn reload(
         }
         let kubelet = &config.kubelet;
         let (chain, key) = if kubelet.tls_cert_file.is_empty() {
-            if !kubelet.server_tls_bootstrap {
+            if !config.serves_with_cluster_certificate() {
                 continue;
             }
             let current = CertStore::serving(&config.paths.cert_dir).current_path();

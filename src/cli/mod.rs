@@ -12,6 +12,7 @@ mod images;
 mod log;
 mod logs;
 mod ps;
+mod retire;
 mod rm;
 mod run;
 mod stand_in;
@@ -46,6 +47,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
     Subcommand { name: exec::NAME, command: exec::command, run: exec::run },
     Subcommand { name: images::NAME, command: images::command, run: images::run },
     Subcommand { name: rm::NAME, command: rm::command, run: rm::run },
+    Subcommand { name: retire::NAME, command: retire::command, run: retire::run },
     Subcommand { name: version::NAME, command: version::command, run: version::run },
 ];
 

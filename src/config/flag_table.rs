@@ -52,6 +52,10 @@ use Kind::{
     Unsigned, VModule,
 };
 
+/// Environment variables that stand for flags: those of k3s' own agent.
+pub(super) const VARIABLES: [(&str, &str); 3] =
+    [("k3s-server", "K3S_URL"), ("k3s-token", "K3S_TOKEN"), ("k3s-token-file", "K3S_TOKEN_FILE")];
+
 /// All flags; [`super::flags::Flags`] holds the typed values of those without a field.
 #[rustfmt::skip]
 pub(super) const FLAGS: &[Flag] = &[
@@ -80,6 +84,13 @@ pub(super) const FLAGS: &[Flag] = &[
     flag("bridge-name", Text, "", "Bridge of the built-in Pod network [gantry0]"),
     flag("cluster-cidr", List, "", "Network of Pods and Services that is never masqueraded; may be repeated"),
     flag("nested", Bool, "", "This node is a container of another: keep to the container's own cgroup"),
+    flag("leave-stateful-set", Text, "", "This node is a Pod of NAMESPACE/NAME: when that is scaled down or deleted, SIGTERM drains the node and deletes its Node"),
+    flag("leave-kubeconfig", Text, "", "Kubeconfig that may get that StatefulSet and delete this Node"),
+    flag("leave-timeout", Duration, "", "Time for the drain, within the Pod's grace period [1m]"),
+    flag("k3s-server", Text, "", "Join this k3s server (https://HOST:6443) by its own protocol, instead of --bootstrap-kubeconfig"),
+    flag("k3s-token", Text, "", "Its token, whole (K10…) so that the server is verified; other users of this machine see it: rather --k3s-token-file"),
+    flag("k3s-token-file", Text, "", "File with the token"),
+    flag("k3s-node-password-file", Text, "", "Where the password is kept by which k3s knows the node again [/etc/rancher/node/password]"),
     flag("network-plugin", Text, "", "'cni': wait for a CNI configuration; 'builtin': never use one; empty: use one if it is there"),
     flag("cni-conf-dir", Text, "", "Directory of CNI configurations [/etc/cni/net.d]"),
     flag("cni-bin-dir", List, "", "Directory of CNI plugins; may be repeated [/opt/cni/bin]"),

@@ -13,7 +13,9 @@ use ipnet::IpNet;
 use serde_json::{Map as JsonMap, Value, json};
 
 use super::duration::Duration;
-use super::flag_table::{FLAGS, Flag, Kind};
+use super::flag_table::{FLAGS, Flag, Kind, VARIABLES};
+use super::k3s::{self, K3s};
+use super::leave::{self, Leave};
 use crate::network::cni::{CniConfig, CniUse, DEADLINE};
 
 /// A flag whose value is wrong; terminal: the command line must be mended.
@@ -39,6 +41,8 @@ pub struct Flags {
     pub kubeconfig: Option<PathBuf>,
     /// `--bootstrap-kubeconfig`.
     pub bootstrap_kubeconfig: Option<PathBuf>,
+    /// `--k3s-*`.
+    pub k3s: Option<K3s>,
     /// `--hostname-override`.
     pub hostname_override: Option<String>,
     /// `--node-ip`, at most one per family.
@@ -73,6 +77,8 @@ pub struct Flags {
     pub cluster_cidrs: Vec<IpNet>,
     /// `--nested`.
     pub nested: bool,
+    /// `--leave-*`.
+    pub leave: Option<Leave>,
     /// `--network-plugin` and `--cni-*`.
     pub cni: CniConfig,
     /// `--minimum-container-ttl-duration`.
@@ -104,6 +110,10 @@ pub fn command(name: &'static str) -> Command {
         };
         if flag.name == "v" {
             arg = arg.short('v');
+        }
+        if let Some((_, variable)) = VARIABLES.iter().find(|(name, _)| *name == flag.name) {
+            // a token is in one of them
+            arg = arg.env(variable).hide_env_values(true);
         }
         command = command.arg(arg);
     }
@@ -140,6 +150,8 @@ impl Flags {
     pub fn standalone(mut self) -> Self {
         self.kubeconfig = None;
         self.bootstrap_kubeconfig = None;
+        self.k3s = None;
+        self.leave = None;
         if self.config.is_none() && self.config_dir.is_none() {
             // what flags say comes later and wins
             self.fields.insert(0, ("failCgroupV1", false.into()));
@@ -201,6 +213,7 @@ impl Flags {
             config_dir: path("config-dir"),
             kubeconfig: path("kubeconfig"),
             bootstrap_kubeconfig: path("bootstrap-kubeconfig"),
+            k3s: k3s::from_flags(&text)?,
             hostname_override: text("hostname-override"),
             node_ips: node_ips(&text("node-ip").unwrap_or_default(), cloud == "external")?,
             cert_dir: path("cert-dir").unwrap_or_else(|| "/var/lib/kubelet/pki".into()),
@@ -213,6 +226,11 @@ impl Flags {
             image_credential_provider_bin_dir: path("image-credential-provider-bin-dir"),
             data_dir,
             nested: flag("nested"),
+            leave: leave::from_flags(
+                text("leave-stateful-set"),
+                path("leave-kubeconfig"),
+                text("leave-timeout").and_then(|text| text.parse().ok()),
+            )?,
             cni,
             state_dir: path("state-dir").unwrap_or_else(|| "/run/gantry".into()),
             container_logs_dir: path("container-logs-dir").unwrap_or_else(|| "/var/log/containers".into()),

@@ -5,7 +5,9 @@ mod flag_table;
 mod flags;
 mod gate_table;
 mod gates;
+mod k3s;
 mod kubelet;
+mod leave;
 mod load;
 pub(crate) mod names;
 mod validate;
@@ -20,7 +22,9 @@ use serde_json::Value;
 pub use duration::{Duration, InvalidDuration};
 pub use flags::{FlagError, Flags, command, normalize};
 pub use gates::{FeatureGates, GateError, Stage};
+pub use k3s::{K3s, Secret};
 pub use kubelet::*;
+pub use leave::{Leave, StatefulSetName};
 pub use load::LoadError;
 
 use crate::network::cni::CniConfig;
@@ -41,6 +45,8 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// Credentials to ask for others with.
     pub bootstrap_kubeconfig: Option<PathBuf>,
+    /// The k3s server to join by its own protocol.
+    pub k3s: Option<K3s>,
     /// A cloud controller manager completes our Node.
     pub external_cloud_provider: bool,
     /// Labels of a Node we create, beside the default ones.
@@ -55,6 +61,8 @@ pub struct Config {
     pub cluster_cidrs: Vec<IpNet>,
     /// The node is a container of another node.
     pub nested: bool,
+    /// What this node's Pod belongs to, and how it leaves with it.
+    pub leave: Option<Leave>,
     /// CNI plugins.
     pub cni: CniConfig,
     /// Credential provider configuration file or directory.
@@ -166,8 +174,10 @@ impl Config {
             hostname: node_name.clone(),
             node_name,
             node_ips: flags.node_ips,
-            kubeconfig: flags.kubeconfig,
+            // a k3s server tells what to write there
+            kubeconfig: flags.kubeconfig.or_else(|| flags.k3s.as_ref().map(|_| flags.root_dir.join("kubeconfig"))),
             bootstrap_kubeconfig: flags.bootstrap_kubeconfig,
+            k3s: flags.k3s,
             external_cloud_provider: flags.external_cloud_provider,
             node_labels: flags.node_labels,
             paths: Paths {
@@ -183,6 +193,7 @@ impl Config {
             bridge_name: flags.bridge_name,
             cluster_cidrs: flags.cluster_cidrs,
             nested: flags.nested,
+            leave: flags.leave,
             cni: flags.cni,
             image_credential_provider_config: flags.image_credential_provider_config,
             image_credential_provider_bin_dir: flags.image_credential_provider_bin_dir,
@@ -208,6 +219,7 @@ impl Config {
             node_ips: Vec::new(),
             kubeconfig: None,
             bootstrap_kubeconfig: None,
+            k3s: None,
             external_cloud_provider: false,
             node_labels: BTreeMap::new(),
             paths: Paths {
@@ -223,6 +235,7 @@ impl Config {
             bridge_name: "gantry0".into(),
             cluster_cidrs: Vec::new(),
             nested: false,
+            leave: None,
             cni: CniConfig::never(root.join("cni")),
             image_credential_provider_config: None,
             image_credential_provider_bin_dir: None,
@@ -236,6 +249,12 @@ impl Config {
             kubelet,
             warnings: Vec::new(),
         }
+    }
+
+    /// Whether the cluster issues the serving certificate, which is then kept in [`Paths::cert_dir`].
+    #[must_use]
+    pub fn serves_with_cluster_certificate(&self) -> bool {
+        self.kubelet.server_tls_bootstrap || self.k3s.is_some()
     }
 
     /// What `/configz` answers: the effective configuration under `kubeletconfig`, without credentials.

@@ -163,13 +163,49 @@ async fn write_kubeconfig(bootstrap: &Path, kubeconfig: &Path, certificate: &Pat
     let cluster: &Cluster = cluster
         .and_then(|named| named.cluster.as_ref())
         .ok_or_else(|| wrong("its current context names no cluster".to_owned()))?;
+    let written = with_certificate(cluster.clone(), certificate);
+    let text = serde_saphyr::to_string(&written).map_err(|error| wrong(error.to_string()))?;
+    write(kubeconfig, &text)
+}
+
+/// A kubeconfig for an API server at a URL, whose authorities are in a file, with our certificate. An equal one that is
+/// there already is left alone.
+pub(super) fn write_cluster(
+    url: &str,
+    authority: &Path,
+    kubeconfig: &Path,
+    certificate: &Path,
+) -> Result<(), BootstrapError> {
+    let cluster = Cluster {
+        server: Some(url.to_owned()),
+        certificate_authority: Some(authority.to_string_lossy().into_owned()),
+        ..Cluster::default()
+    };
+    let text = serde_saphyr::to_string(&with_certificate(cluster, certificate))
+        .map_err(|error| BootstrapError::Kubeconfig { path: kubeconfig.to_owned(), problem: error.to_string() })?;
+    if std::fs::read_to_string(kubeconfig).is_ok_and(|known| known == text) {
+        return Ok(());
+    }
+    write(kubeconfig, &text)
+}
+
+fn write(kubeconfig: &Path, text: &str) -> Result<(), BootstrapError> {
+    let failed = |source| BootstrapError::Io { path: kubeconfig.to_owned(), source };
+    if let Some(directory) = kubeconfig.parent() {
+        std::fs::create_dir_all(directory).map_err(failed)?;
+    }
+    write_private(kubeconfig, text.as_bytes()).map_err(failed)
+}
+
+/// Our certificate at a cluster.
+fn with_certificate(cluster: Cluster, certificate: &Path) -> Kubeconfig {
     let certificate = certificate.to_string_lossy().into_owned();
-    let written = Kubeconfig {
+    Kubeconfig {
         api_version: Some("v1".to_owned()),
         kind: Some("Config".to_owned()),
         clusters: vec![NamedCluster {
             name: "default-cluster".to_owned(),
-            cluster: Some(cluster.clone()),
+            cluster: Some(cluster),
             other: Default::default(),
         }],
         auth_infos: vec![NamedAuthInfo {
@@ -193,13 +229,7 @@ async fn write_kubeconfig(bootstrap: &Path, kubeconfig: &Path, certificate: &Pat
         }],
         current_context: Some("default-context".to_owned()),
         ..Kubeconfig::default()
-    };
-    let text = serde_saphyr::to_string(&written).map_err(|error| wrong(error.to_string()))?;
-    let failed = |source| BootstrapError::Io { path: kubeconfig.to_owned(), source };
-    if let Some(directory) = kubeconfig.parent() {
-        std::fs::create_dir_all(directory).map_err(failed)?;
     }
-    write_private(kubeconfig, text.as_bytes()).map_err(failed)
 }
 
 #[cfg(test)]

@@ -157,8 +157,21 @@ fn parse(path: &Path, pem: String) -> Result<Pair, CertError> {
     Ok(Pair { not_before, not_after, dns_names, addresses, pem })
 }
 
+/// The certificates of a PEM text, without whatever else it has.
+pub(super) fn certificates(pem: &str) -> String {
+    const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
+    const END: &str = "-----END CERTIFICATE-----";
+    let mut found = String::new();
+    for part in pem.split(BEGIN).skip(1) {
+        if let Some((body, _)) = part.split_once(END) {
+            found.extend([BEGIN, body, END, "\n"]);
+        }
+    }
+    found
+}
+
 /// The key's part of a PEM file.
-fn private_key(pem: &str) -> Option<&str> {
+pub(super) fn private_key(pem: &str) -> Option<&str> {
     let start = pem
         .match_indices("-----BEGIN ")
         .map(|(at, _)| at)
@@ -239,6 +252,16 @@ pub(super) mod tests {
         assert!(matches!(store.update("", &key), Err(CertError::Invalid { .. })));
         assert!(matches!(store.update(&cert, ""), Err(CertError::Invalid { .. })));
         assert!(store.current().unwrap().is_none());
+    }
+
+    #[test]
+    fn certificates_and_keys_are_told_apart() {
+        let (cert, key) = pair(0, 10, &[]);
+        let text = format!("{cert}{cert}{key}");
+        assert_eq!(certificates(&text), format!("{cert}{cert}").replace('\r', ""));
+        assert_eq!(private_key(&text).unwrap().trim(), key.trim());
+        assert_eq!((certificates(&key).as_str(), private_key(&cert)), ("", None));
+        assert_eq!(certificates("-----BEGIN CERTIFICATE-----\nabc"), "");
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod events;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod heartbeat;
+pub mod k3s;
 pub mod lease;
 pub mod logind;
 pub mod machine;

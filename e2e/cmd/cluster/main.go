@@ -48,6 +48,8 @@ func root() *cobra.Command {
 		agentCommand("start-agent", "Start a node's agent", func(c *cluster.Cluster, node int) error { return c.StartAgent(node) }),
 		agentCommand("stop-agent", "Stop a node's agent by SIGTERM; its Pods stay", func(c *cluster.Cluster, node int) error { return c.StopAgent(node, false) }),
 		agentCommand("kill-agent", "Kill a node's agent by SIGKILL; its Pods stay", func(c *cluster.Cluster, node int) error { return c.StopAgent(node, true) }),
+		k3sCommand("start-k3s", "Start the stand-in for a k3s server", func(ctx context.Context, c *cluster.Cluster) error { return c.StartK3s(ctx) }),
+		k3sCommand("kill-k3s", "Kill the stand-in for a k3s server", func(_ context.Context, c *cluster.Cluster) error { return c.KillK3s() }),
 		snapshotCommand(), superviseCommand(), imagesCommand(), guestInitCommand())
 	return root
 }
@@ -119,6 +121,8 @@ func upCommand() *cobra.Command {
 	flags.IntVar(&options.GuestNodes, "guest-nodes", 0, "number of further nodes that are virtual machines with pure cgroup v2 (hack/guest build)")
 	flags.DurationVar(&options.NodeMonitorGracePeriod, "node-monitor-grace-period", 50*time.Second, "how long a silent node stays Ready")
 	flags.DurationVar(&options.ClusterSigningDuration, "cluster-signing-duration", 365*24*time.Hour, "how long certificates of nodes are valid, at least 130s")
+	flags.BoolVar(&options.K3s, "k3s", false, "let nodes join a stand-in for a k3s server, through whose tunnel alone the API server reaches them")
+	flags.DurationVar(&options.K3sCertificateDuration, "k3s-certificate-duration", 365*24*time.Hour, "how long the certificates of nodes are valid that it issues")
 	flags.StringVar(&kubeletConfig, "kubelet-config", "", "file with KubeletConfiguration fields for every node")
 	flags.StringArrayVar(&options.AgentArgs, "agent-arg", nil, "further argument of every agent (repeatable)")
 	flags.DurationVar(&options.Timeout, "timeout", 2*time.Minute, "give up after this time")
@@ -268,6 +272,18 @@ func agentCommand(use, short string, act func(*cluster.Cluster, int) error) *cob
 	}
 	command.Flags().StringVar(&name, "name", defaultName, "name of the cluster")
 	command.Flags().IntVar(&node, "node", 1, "number of the node")
+	return command
+}
+
+func k3sCommand(use, short string, act func(context.Context, *cluster.Cluster) error) *cobra.Command {
+	var name string
+	command := &cobra.Command{
+		Use: use, Short: short, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return open(name, func(c *cluster.Cluster) error { return act(cmd.Context(), c) })
+		},
+	}
+	command.Flags().StringVar(&name, "name", defaultName, "name of the cluster")
 	return command
 }
 

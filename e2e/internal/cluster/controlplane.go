@@ -68,6 +68,11 @@ func (c *Cluster) makePKI() error {
 			return err
 		}
 	}
+	if c.K3s {
+		if err := c.makeK3s(ca); err != nil {
+			return err
+		}
+	}
 	// Nodes join with a bootstrap token: six and sixteen characters.
 	random := make([]byte, 11)
 	if _, err := rand.Read(random); err != nil {
@@ -117,6 +122,9 @@ func (c *Cluster) apiServer() component {
 		// The control plane has routes to Pods, but no kube-proxy.
 		"--enable-aggregator-routing=true",
 		"--allow-privileged=true", "--service-cluster-ip-range=" + serviceCIDR,
+	}
+	if c.K3s {
+		args = append(args, c.k3sAPIServerArgs()...)
 	}
 	if c.Audit {
 		args = append(args, "--audit-policy-file="+c.path("audit-policy.yaml"), "--audit-log-path="+c.AuditLog())

@@ -57,6 +57,9 @@ func (c *Cluster) makeNodeFiles(n Node, overlay map[string]any) error {
 		return err
 	}
 	config := c.kubeletConfiguration(n)
+	if c.K3s {
+		leaveToK3s(config)
+	}
 	merge(config, overlay)
 	raw, err := yaml.Marshal(config)
 	if err != nil {
@@ -120,7 +123,6 @@ func (c *Cluster) agentArgs(n Node) []string {
 		program, "agent",
 		"--config=" + filepath.Join(dir, "config.yaml"),
 		"--kubeconfig=" + filepath.Join(dir, "kubelet/kubeconfig"),
-		"--bootstrap-kubeconfig=" + c.path("bootstrap.conf"),
 		"--hostname-override=" + n.Name(),
 		"--node-ip=" + c.nodeAddress(n).IP.String(),
 		"--root-dir=" + filepath.Join(dir, "kubelet"),
@@ -132,6 +134,11 @@ func (c *Cluster) agentArgs(n Node) []string {
 		// The machine's own are none of a test's business.
 		"--cni-conf-dir=" + filepath.Join(dir, "cni/net.d"),
 		"--cni-bin-dir=" + filepath.Join(c.Home.Bin, "cni"),
+	}
+	if c.K3s {
+		args = append(args, c.k3sAgentArgs(n)...)
+	} else {
+		args = append(args, "--bootstrap-kubeconfig="+c.path("bootstrap.conf"))
 	}
 	return append(args, c.AgentArgs...)
 }

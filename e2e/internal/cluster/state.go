@@ -56,6 +56,10 @@ type State struct {
 	GantryBinary           string        `json:"gantryBinary,omitempty"`
 	// Audit says that the API server records what nodes ask of it (AuditLog).
 	Audit bool `json:"audit,omitempty"`
+	// K3s says that nodes join a stand-in for a k3s server.
+	K3s bool `json:"k3s,omitempty"`
+	// K3sCertificateDuration is how long the certificates are valid that it issues.
+	K3sCertificateDuration time.Duration `json:"k3sCertificateDuration,omitempty"`
 	// Settings are those of the machine as they were before a kubelet changed them.
 	Settings map[string]string `json:"settings,omitempty"`
 }
@@ -247,6 +251,7 @@ const (
 
 	apiServerPort = 6443
 	registryPort  = 5000
+	k3sPort       = 6444
 
 	serviceCIDR = "10.96.0.0/16"
 	podCIDR     = "10.244.0.0/16"

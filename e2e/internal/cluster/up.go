@@ -32,6 +32,11 @@ type Options struct {
 	// GuestNodes is the number of nodes that are virtual machines with pure
 	// cgroup v2; their numbers come last.
 	GuestNodes int
+	// K3s puts a stand-in for a k3s server in front of the API server, which then
+	// reaches nodes through its tunnel alone; Gantry nodes join by its protocol.
+	K3s bool
+	// K3sCertificateDuration is how long the certificates are valid that it issues.
+	K3sCertificateDuration time.Duration
 	// Audit makes the API server record what nodes ask of it.
 	Audit bool
 	// NodeMonitorGracePeriod is the controller manager's flag of that name.
@@ -65,6 +70,9 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 			return nil, fmt.Errorf("no agent binary at %s: build it (cargo build --release), name one by GANTRY_BIN, or use --nodes 0", h.Gantry)
 		}
 	}
+	if options.K3s && options.StockNodes+options.GuestNodes > 0 {
+		return nil, errors.New("--k3s: only Gantry nodes on this machine join a k3s server; leave out --stock-nodes and --guest-nodes")
+	}
 	started := time.Now()
 	say := func(format string, args ...any) {
 		fmt.Fprintf(options.Progress, "[%5.1fs] %s\n", time.Since(started).Seconds(), fmt.Sprintf(format, args...))
@@ -78,6 +86,7 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 
 	c.NodeMonitorGracePeriod, c.ClusterSigningDuration = options.NodeMonitorGracePeriod, options.ClusterSigningDuration
 	c.AgentArgs, c.GantryBinary, c.Audit = options.AgentArgs, h.Gantry, options.Audit
+	c.K3s, c.K3sCertificateDuration = options.K3s, options.K3sCertificateDuration
 	if err := c.makeNetwork(); err != nil {
 		return c, err
 	}
@@ -137,6 +146,12 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 		return c, err
 	}
 	say("registry ready at %s", c.Registry())
+	if c.K3s {
+		if err := c.StartK3s(ctx); err != nil {
+			return c, err
+		}
+		say("stand-in for a k3s server ready at %s", c.k3sURL())
+	}
 	for _, n := range c.Nodes {
 		if n.Guest {
 			if err := c.bootGuest(ctx, n); err != nil {

@@ -13,6 +13,7 @@ use super::finding::Finding;
 use crate::config::Config;
 use crate::node::certs::CertStore;
 use crate::node::client::{ApiClient, Credentials, Limits};
+use crate::node::k3s;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Clocks differ by this without harm, in seconds.
@@ -28,6 +29,13 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         return vec![Finding::ok("kubeconfig", "none: the node runs by itself, with static Pods")];
     };
     let mut findings = certificates(config, &path);
+    if config.k3s.is_some() {
+        findings.push(k3s(config).await);
+        if !path.exists() {
+            // joining writes it
+            return findings;
+        }
+    }
     let file = match Kubeconfig::read_from(&path) {
         Ok(file) => file,
         Err(error) => {
@@ -61,6 +69,16 @@ pub async fn check(config: &Config) -> Vec<Finding> {
         Err(error) => findings.push(unreachable(&server, &error)),
     }
     findings
+}
+
+/// Whether the k3s server is the one that the token names, and takes it.
+async fn k3s(config: &Config) -> Finding {
+    const CHECK: &str = "k3s server";
+    let server = config.k3s.as_ref().map_or_else(String::new, |k3s| k3s.server.clone());
+    match k3s::check(config).await {
+        Ok(()) => Finding::ok(CHECK, format!("{server} accepts the token")),
+        Err(error) => Finding::fatal(CHECK, error.to_string(), "mend what it says; joining needs that server"),
+    }
 }
 
 /// The file that would be used now, and whether it is the bootstrap one.

@@ -111,7 +111,8 @@ fn machine(config: &Config) -> Vec<Finding> {
     findings.push(network::plugins(&mode, config.cni.policy, &config.cni.conf_dir));
     let resolver = &kubelet.resolver_config;
     findings.push(network::resolver(resolver, fs::read_to_string(resolver).map_err(|error| error.to_string())));
-    if config.kubeconfig.is_some() {
+    // a k3s server tells its nodes
+    if config.kubeconfig.is_some() && config.k3s.is_none() {
         findings.push(network::cluster_dns(&kubelet.cluster_dns));
     }
     findings

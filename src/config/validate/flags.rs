@@ -71,6 +71,11 @@ pub(in crate::config) fn flags(flags: &Flags) -> Vec<String> {
     if flags.exit_on_lock_contention && flags.lock_file.is_none() {
         errors.push("cannot exit on lock file contention: no lock file specified".to_owned());
     }
+    if flags.k3s.is_some() && flags.bootstrap_kubeconfig.is_some() {
+        errors.push(
+            "--k3s-server and --bootstrap-kubeconfig are two ways to join: give the one, or empty the other".to_owned(),
+        );
+    }
     errors
 }
 
