@@ -139,7 +139,7 @@ fn whatever_used_up_the_grace_leaves_two_seconds_from_the_stop_signal() {
     begin_stop(instance, at(0), at(10), String::new());
     let (hook, term) = (Action::PreStop("main".to_owned()), Action::Term("main".to_owned()));
     let hooked = BTreeSet::from([hook.clone()]);
-    assert_eq!(plan(&desired, &observed, &BTreeSet::new(), at(1)).actions, [hook.clone()]);
+    assert_eq!(plan(&desired, &observed, &BTreeSet::new(), at(1)).actions, std::slice::from_ref(&hook));
     let late = plan(&desired, &observed, &hooked, at(10));
     assert_eq!((late.actions, late.cancel), (vec![term.clone()], vec![hook]));
     fold::begin(&desired, &mut observed, &term, at(10));
@@ -264,7 +264,7 @@ fn hooked(lifecycle: Lifecycle, post_started: bool, running: &BTreeSet<Action>) 
 fn the_next_container_waits_for_post_start() {
     let lifecycle = || Lifecycle { post_start: Some(LifecycleHandler::default()), ..Lifecycle::default() };
     let hook = Action::PostStart("a".to_owned());
-    assert_eq!(hooked(lifecycle(), false, &BTreeSet::new()), [hook.clone()]);
+    assert_eq!(hooked(lifecycle(), false, &BTreeSet::new()), std::slice::from_ref(&hook));
     assert!(hooked(lifecycle(), false, &BTreeSet::from([hook])).is_empty());
     assert_eq!(hooked(lifecycle(), true, &BTreeSet::new()), [Action::Start("b".to_owned())]);
 }
@@ -278,7 +278,7 @@ fn pre_stop_comes_before_the_stop_signal() {
     let instance = observed.containers.get_mut("main").unwrap().current.as_mut().unwrap();
     begin_stop(instance, at(0), at(30), String::new());
     let hook = Action::PreStop("main".to_owned());
-    assert_eq!(plan(&desired, &observed, &BTreeSet::new(), at(0)).actions, [hook.clone()]);
+    assert_eq!(plan(&desired, &observed, &BTreeSet::new(), at(0)).actions, std::slice::from_ref(&hook));
     assert!(plan(&desired, &observed, &BTreeSet::from([hook.clone()]), at(1)).actions.is_empty());
     fold::outcome(&desired, &mut observed, &hook, &crate::pod::effects::Outcome::Done, at(5));
     let next = plan(&desired, &observed, &BTreeSet::new(), at(5));
