@@ -568,11 +568,7 @@ async fn refresh_volumes(node: Arc<Node>) {
         let mut stale: Vec<_> = Vec::new();
         tokio::select! {
             changed = objects.recv() => match changed {
-                Ok(key) => {
-                    stale.extend(views.into_iter().filter(|view| {
-                        view.desired.pod.metadata.namespace.as_deref() == Some(&key.namespace)
-                    }));
-                }
+                Ok(change) => stale.extend(views.into_iter().filter(|view| change.concerns(&view.desired.pod))),
                 Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => stale = views,
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
             },

@@ -1,4 +1,4 @@
-//! API objects that Pods refer to (ConfigMaps, Secrets, tokens), and the fields of a Pod that env and volumes expose.
+//! API objects that Pods refer to (ConfigMaps, Secrets, ClusterTrustBundles, tokens), and the fields of a Pod that env and volumes expose.
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -7,6 +7,8 @@
 //! | `secret.rs` | a Secret that never shows its values |
 //! | `error.rs` | why an object cannot be had |
 //! | `references.rs` | which objects a Pod refers to |
+//! | `trust_bundles.rs` | ClusterTrustBundles, watched together as long as a Pod of this node shows one |
+//! | `pem.rs` | PEM as Go reads and writes it |
 //! | `tokens.rs` | ServiceAccount tokens bound to a Pod |
 //! | `services.rs` | Services, and the environment variables made of them |
 //! | `fields.rs` | `fieldRef` and `resourceFieldRef`, pure |
@@ -15,15 +17,17 @@ mod cache;
 mod error;
 mod fields;
 mod follow;
+mod pem;
 mod references;
 mod secret;
 mod services;
 mod tokens;
+mod trust_bundles;
 
 #[cfg(test)]
 pub(crate) mod fake_api;
 
-pub use cache::{CacheOptions, ObjectCache};
+pub use cache::{CacheOptions, Change, ObjectCache};
 pub use error::ObjectError;
 pub use fields::{
     FieldContext, FieldError, env_field, env_resource, pod_volume_field, pod_volume_resource, split_subscript,
@@ -32,3 +36,4 @@ pub use references::{ObjectKey, ObjectKind, References};
 pub use secret::SecretObject;
 pub use services::{ServiceCache, ServicesNotRead, service_environment};
 pub use tokens::{Token, TokenError, TokenKey, TokenManager};
+pub use trust_bundles::TrustBundleError;

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::objects::{FieldError, ObjectError, TokenError};
+use crate::objects::{FieldError, ObjectError, TokenError, TrustBundleError};
 
 use super::atomic::AtomicWriteError;
 
@@ -17,6 +17,9 @@ pub enum SetUpError {
     /// A ServiceAccount token.
     #[error(transparent)]
     Token(#[from] TokenError),
+    /// Trust anchors of ClusterTrustBundles.
+    #[error(transparent)]
+    TrustBundle(#[from] TrustBundleError),
     /// A field of the Pod.
     #[error(transparent)]
     Field(#[from] FieldError),
@@ -73,6 +76,7 @@ impl SetUpError {
     pub fn is_terminal(&self) -> bool {
         match self {
             Self::Unsupported(_) | Self::Invalid(_) => true,
+            Self::TrustBundle(error) => error.is_terminal(),
             Self::Several(errors) => errors.iter().any(Self::is_terminal),
             _ => false,
         }

@@ -150,7 +150,7 @@ async fn content_follows_the_api_server() {
     node.manager.mount(&pod, &context()).await.unwrap();
     while changes.try_recv().is_ok() {}
     node.api.put(CONFIG_MAPS, &config_map("cm", json!({"a": "2", "b": "3"})));
-    assert_eq!(changes.recv().await.unwrap().name, "cm");
+    assert!(changes.recv().await.unwrap().concerns(&pod));
     pod.metadata.labels.as_mut().unwrap().insert("k".into(), "w".into());
     node.manager.refresh(&pod, &context()).await.unwrap();
     assert_eq!(node.read("kubernetes.io~configmap/cm/a"), "2");
@@ -162,6 +162,36 @@ async fn content_follows_the_api_server() {
     let error = node.manager.refresh(&pod, &context()).await.unwrap_err();
     assert!(error.to_string().contains("volume \"cm\" : configmap \"cm\" not found"), "{error}");
     assert_eq!(node.read("kubernetes.io~configmap/cm/a"), "2", "the old content stays");
+}
+
+#[tokio::test]
+async fn trust_bundles_are_shown_and_followed() {
+    const BUNDLES: &str = "/apis/certificates.k8s.io/v1/clustertrustbundles";
+    let node = Node::new();
+    let bundle = |name: &str, body: &str| {
+        let pem = format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n");
+        json!({"kind": "ClusterTrustBundle", "metadata": {"name": name}, "spec": {"signerName": "ex.org/s", "trustBundle": pem}})
+    };
+    node.api.put(BUNDLES, &bundle("ex.org:s:1", "AAAA"));
+    let volumes = json!([{"name": "v", "projected": {"sources": [
+        {"clusterTrustBundle": {"signerName": "ex.org/s", "labelSelector": {}, "path": "all.pem", "user": 0}},
+        {"clusterTrustBundle": {"name": "ex.org:s:1", "path": "one.pem", "user": 0}},
+        {"clusterTrustBundle": {"name": "none", "optional": true, "path": "none.pem", "user": 0}}]}}]);
+    let mut changes = node.objects.subscribe();
+    let pod = node.pod(volumes, json!({"runAsUser": 1000}));
+    node.manager.mount(&pod, &context()).await.unwrap();
+    assert!(changes.recv().await.unwrap().concerns(&pod));
+    let [all, one, none] = ["all", "one", "none"].map(|name| format!("kubernetes.io~projected/v/{name}.pem"));
+    let pem = node.read(&one);
+    assert!(pem.contains("AAAA") && node.read(&all) == pem);
+    assert_eq!(fs::metadata(node.path(&none)).unwrap().len(), 0);
+    let owner = fs::metadata(node.path(&one)).unwrap();
+    assert_eq!((owner.uid(), owner.mode() & 0o777), (0, 0o600), "the source's user wins over the container's");
+    node.api.put(BUNDLES, &bundle("ex.org:s:2", "BBBB"));
+    assert!(changes.recv().await.unwrap().concerns(&pod));
+    node.manager.refresh(&pod, &context()).await.unwrap();
+    assert!(node.read(&all).contains("BBBB") && node.read(&one) == pem);
+    node.manager.unmount("uid-1").await.unwrap();
 }
 
 #[tokio::test]
@@ -183,7 +213,9 @@ async fn failures_name_each_volume_and_the_others_are_mounted() {
         "MountVolume.SetUp failed for volume \"c\" : this node cannot mount volumes of kind persistentVolumeClaim"
     ));
     assert!(
-        texts[2].contains("[secret \"none\" not found, projected.sources[].clusterTrustBundle is not supported"),
+        texts[2].contains(
+            "[secret \"none\" not found, ClusterTrustBundle projection requires either name or signerName to be set]"
+        ),
         "{}",
         texts[2]
     );

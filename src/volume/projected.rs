@@ -100,26 +100,34 @@ impl Sources<'_> {
             downward_api::payload(self.pod, source.items.as_deref(), self.context, defaults)
         } else if let Some(source) = &part.service_account_token {
             self.token(source, defaults).await
-        } else if part.cluster_trust_bundle.is_some() {
-            Err(unsupported("clusterTrustBundle", "put the certificates into a ConfigMap and project that"))
+        } else if let Some(source) = &part.cluster_trust_bundle {
+            let (mode, user) = self.owner(source.user, defaults)?;
+            let data = self.objects.trust_anchors(source).await?.into_bytes();
+            Ok([(source.path.clone(), FileProjection { data, mode, user })].into())
         } else if part.pod_certificate.is_some() {
             Err(unsupported("podCertificate", "use a Secret with a certificate that another component renews"))
         } else {
-            let known = "configMap, secret, downwardAPI or serviceAccountToken";
+            let known = "configMap, secret, downwardAPI, serviceAccountToken or clusterTrustBundle";
             Err(SetUpError::Invalid(format!("a source of a projected volume names none of {known}")))
         }
     }
 
     async fn token(&self, source: &ServiceAccountTokenProjection, defaults: Defaults) -> Result<Payload, SetUpError> {
-        let user = match file_user(source.user)?.or(defaults.user) {
+        let (mode, user) = self.owner(source.user, defaults)?;
+        let token = self.tokens.token(&token_key(self.pod, source)).await?;
+        let file = FileProjection { data: token.value().as_bytes().to_vec(), mode, user };
+        Ok([(source.path.clone(), file)].into())
+    }
+
+    /// Mode and owner of a credential: only its owner may read it, and `fsGroup` adds the group. Source:
+    /// `resolveFsUser`.
+    fn owner(&self, user: Option<i64>, defaults: Defaults) -> Result<(u32, Option<u32>), SetUpError> {
+        let user = match file_user(user)?.or(defaults.user) {
             Some(user) => Some(user),
             None => file_user(common_user(self.pod))?,
         };
-        let token = self.tokens.token(&token_key(self.pod, source)).await?;
-        // Only its owner may read it; fsGroup adds the group.
         let mode = if user.is_some() || self.fs_group.is_some() { 0o600 } else { defaults.mode };
-        let file = FileProjection { data: token.value().as_bytes().to_vec(), mode, user };
-        Ok([(source.path.clone(), file)].into())
+        Ok((mode, user))
     }
 }
 
@@ -162,6 +170,11 @@ mod tests {
         assert_eq!(user(Some(5), &[None, Some(6)]), None);
         assert_eq!(user(None, &[Some(6), None]), None);
         assert_eq!(user(None, &[Some(6), Some(6)]), Some(6));
+    }
+
+    #[test]
+    fn refuses_pod_certificates_by_name() {
+        assert!(unsupported("podCertificate", "x").to_string().contains("projected.sources[].podCertificate"));
     }
 
     #[test]
