@@ -1,4 +1,4 @@
-//! API objects that Pods refer to (ConfigMaps, Secrets, ClusterTrustBundles, tokens), and the fields of a Pod that env and volumes expose.
+//! API objects that Pods refer to (ConfigMaps, Secrets, ClusterTrustBundles, tokens, certificates), and the fields of a Pod that env and volumes expose.
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -9,11 +9,17 @@
 //! | `references.rs` | which objects a Pod refers to |
 //! | `trust_bundles.rs` | ClusterTrustBundles, watched together as long as a Pod of this node shows one |
 //! | `pem.rs` | PEM as Go reads and writes it |
+//! | `certificates.rs` | certificates of Pods, requested when needed and renewed in time |
+//! | `certificate_request.rs` | one request for one, and its answer |
+//! | `certificate_key.rs` | their keys |
 //! | `tokens.rs` | ServiceAccount tokens bound to a Pod |
 //! | `services.rs` | Services, and the environment variables made of them |
 //! | `fields.rs` | `fieldRef` and `resourceFieldRef`, pure |
 
 mod cache;
+mod certificate_key;
+mod certificate_request;
+mod certificates;
 mod error;
 mod fields;
 mod follow;
@@ -28,6 +34,7 @@ mod trust_bundles;
 pub(crate) mod fake_api;
 
 pub use cache::{CacheOptions, Change, ObjectCache};
+pub use certificates::{CertificateError, CertificateManager, CertificateOptions, Credential, WarningSink};
 pub use error::ObjectError;
 pub use fields::{
     FieldContext, FieldError, env_field, env_resource, pod_volume_field, pod_volume_resource, split_subscript,

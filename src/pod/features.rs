@@ -114,6 +114,7 @@ mod tests {
             ("EmptyDirVolumeSource", fields::<v1::EmptyDirVolumeSource>()),
             ("VolumeProjection", fields::<v1::VolumeProjection>()),
             ("ClusterTrustBundleProjection", fields::<v1::ClusterTrustBundleProjection>()),
+            ("PodCertificateProjection", fields::<v1::PodCertificateProjection>()),
             ("PodDNSConfig", fields::<v1::PodDNSConfig>()),
         ] {
             let listed: BTreeSet<String> = tables.get(heading).into_iter().flat_map(BTreeMap::keys).cloned().collect();

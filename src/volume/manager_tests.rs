@@ -1,4 +1,5 @@
 use super::*;
+use crate::objects::CertificateOptions;
 use crate::objects::fake_api::FakeApi;
 use crate::volume::mounts::Scratch;
 use futures::future::BoxFuture;
@@ -192,6 +193,66 @@ async fn trust_bundles_are_shown_and_followed() {
     node.manager.refresh(&pod, &context()).await.unwrap();
     assert!(node.read(&all).contains("BBBB") && node.read(&one) == pem);
     node.manager.unmount("uid-1").await.unwrap();
+}
+
+#[tokio::test]
+async fn certificates_are_written_and_renewed() {
+    const REQUESTS: &str = "/apis/certificates.k8s.io/v1/namespaces/ns/podcertificaterequests";
+    let node = Node::new();
+    node.api.put("/api/v1/namespaces/ns/serviceaccounts", &json!({"metadata": {"namespace": "ns", "name": "default"}}));
+    let object = serde_json::from_value(json!({"metadata": {"uid": "n"}})).unwrap();
+    let known = tokio::sync::watch::channel(Some(Arc::new(object))).1;
+    let options = CertificateOptions { jitter: Duration::ZERO, pause: Duration::ZERO };
+    let certificates = CertificateManager::new(node.api.client(), "n", known, Box::new(|_, _, _| {}), options);
+    let manager = VolumeManager::new(
+        VolumeConfig { root_dir: node.scratch.0.path().to_owned() },
+        node.objects.clone(),
+        Arc::new(TokenManager::standalone()),
+    )
+    .with_certificates(Arc::new(certificates));
+    let both =
+        json!({"signerName": "ex.org/s", "keyType": "ED25519", "keyPath": "key", "certificateChainPath": "chain"});
+    let bundle = json!({"signerName": "ex.org/s", "keyType": "ECDSAP256", "credentialBundlePath": "bundle", "user": 0});
+    let volumes =
+        json!([{"name": "v", "projected": {"sources": [{"podCertificate": both}, {"podCertificate": bundle}]}}]);
+    let pod = node.pod(volumes, json!({}));
+    let sign = |body: &str, refresh: &str| {
+        for mut request in node.api.list(REQUESTS).into_iter().filter(|request| request["status"].is_null()) {
+            request["status"] = json!({"conditions": [{"type": "Issued", "status": "True", "reason": "r", "message": "",
+                "lastTransitionTime": "2026-01-01T00:00:00Z"}], "notAfter": "2999-01-02T00:00:00Z", "beginRefreshAt": refresh,
+                "certificateChain": format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n")});
+            node.api.put(REQUESTS, &request);
+        }
+    };
+    assert!(manager.is_inherited("uid-1"));
+    let mut renewed = manager.new_certificates();
+    let fields = context();
+    let (mounted, ()) = tokio::join!(manager.mount(&pod, &fields), async {
+        node.api.until(|| node.api.list(REQUESTS).len() == 2).await;
+        sign("AAAA", "2026-01-01T00:00:00Z");
+    });
+    mounted.unwrap();
+    assert!(!manager.is_inherited("uid-1"));
+    let [key, chain, both] = ["key", "chain", "bundle"].map(|name| format!("kubernetes.io~projected/v/{name}"));
+    let old = node.read(&key);
+    assert!(old.starts_with("-----BEGIN PRIVATE KEY-----") && node.read(&chain).contains("AAAA"));
+    assert!(node.read(&both).starts_with("-----BEGIN PRIVATE KEY-----") && node.read(&both).contains("AAAA"));
+    let mode = |path: &str| fs::metadata(node.path(path)).unwrap().mode() & 0o777;
+    assert_eq!((mode(&key), mode(&both)), (0o644, 0o600), "only its owner may read a file that has one");
+    for _ in 0..2 {
+        assert_eq!(renewed.recv().await.unwrap(), "uid-1");
+    }
+    node.api.until(|| node.api.list(REQUESTS).len() == 4).await;
+    manager.refresh(&pod, &context()).await.unwrap();
+    assert_eq!(node.read(&key), old, "the old one serves until there is a new one");
+    sign("BBBB", "2999-01-01T00:00:00Z");
+    for _ in 0..2 {
+        assert_eq!(renewed.recv().await.unwrap(), "uid-1");
+    }
+    manager.refresh(&pod, &context()).await.unwrap();
+    assert!(node.read(&key) != old && node.read(&chain).contains("BBBB") && node.read(&both).contains("BBBB"));
+    manager.unmount("uid-1").await.unwrap();
+    assert!(manager.is_inherited("uid-1"));
 }
 
 #[tokio::test]

@@ -1,8 +1,12 @@
 //! `projected` volumes: several sources in one directory. Source: `pkg/volume/projected/projected.go`.
 
-use k8s_openapi::api::core::v1::{Pod, ProjectedVolumeSource, ServiceAccountTokenProjection, VolumeProjection};
+use std::time::Duration;
 
-use crate::objects::{FieldContext, ObjectCache, TokenKey, TokenManager};
+use k8s_openapi::api::core::v1::{
+    Pod, PodCertificateProjection, ProjectedVolumeSource, ServiceAccountTokenProjection, VolumeProjection,
+};
+
+use crate::objects::{CertificateManager, FieldContext, ObjectCache, TokenKey, TokenManager};
 
 use super::atomic::{FileProjection, Payload};
 use super::error::SetUpError;
@@ -63,6 +67,9 @@ pub(super) struct Sources<'a> {
     pub context: &'a FieldContext,
     pub objects: &'a ObjectCache,
     pub tokens: &'a TokenManager,
+    pub certificates: &'a CertificateManager,
+    /// How long to wait for a first certificate.
+    pub patience: Duration,
     pub fs_group: Option<u32>,
 }
 
@@ -71,10 +78,11 @@ impl Sources<'_> {
         self.pod.metadata.namespace.as_deref().unwrap_or("default")
     }
 
-    /// The files of a projected volume. A later source takes a path from an earlier one.
-    pub async fn projected(&self, source: &ProjectedVolumeSource) -> Result<Payload, SetUpError> {
+    /// The files of projected volume `volume`. A later source takes a path from an earlier one.
+    pub async fn projected(&self, volume: &str, source: &ProjectedVolumeSource) -> Result<Payload, SetUpError> {
         let defaults = Defaults::new(source.default_mode, source.default_user)?;
-        let parts = source.sources.iter().flatten().map(|part| self.part(part, defaults));
+        let parts = source.sources.iter().flatten().enumerate();
+        let parts = parts.map(|(index, part)| self.part((volume, index), part, defaults));
         let mut payload = Payload::new();
         let mut errors = Vec::new();
         for part in futures::future::join_all(parts).await {
@@ -86,7 +94,12 @@ impl Sources<'_> {
         SetUpError::collect(errors).map(|()| payload)
     }
 
-    async fn part(&self, part: &VolumeProjection, defaults: Defaults) -> Result<Payload, SetUpError> {
+    async fn part(
+        &self,
+        place: (&str, usize),
+        part: &VolumeProjection,
+        defaults: Defaults,
+    ) -> Result<Payload, SetUpError> {
         let namespace = self.namespace();
         if let Some(source) = &part.config_map {
             let optional = source.optional.unwrap_or_default();
@@ -104,10 +117,10 @@ impl Sources<'_> {
             let (mode, user) = self.owner(source.user, defaults)?;
             let data = self.objects.trust_anchors(source).await?.into_bytes();
             Ok([(source.path.clone(), FileProjection { data, mode, user })].into())
-        } else if part.pod_certificate.is_some() {
-            Err(unsupported("podCertificate", "use a Secret with a certificate that another component renews"))
+        } else if let Some(source) = &part.pod_certificate {
+            self.certificate(place, source, defaults).await
         } else {
-            let known = "configMap, secret, downwardAPI, serviceAccountToken or clusterTrustBundle";
+            let known = "configMap, secret, downwardAPI, serviceAccountToken, clusterTrustBundle or podCertificate";
             Err(SetUpError::Invalid(format!("a source of a projected volume names none of {known}")))
         }
     }
@@ -117,6 +130,26 @@ impl Sources<'_> {
         let token = self.tokens.token(&token_key(self.pod, source)).await?;
         let file = FileProjection { data: token.value().as_bytes().to_vec(), mode, user };
         Ok([(source.path.clone(), file)].into())
+    }
+
+    async fn certificate(
+        &self,
+        (volume, index): (&str, usize),
+        source: &PodCertificateProjection,
+        defaults: Defaults,
+    ) -> Result<Payload, SetUpError> {
+        let (mode, user) = self.owner(source.user, defaults)?;
+        let credential = self.certificates.credential(self.pod, volume, index, source, self.patience).await?;
+        let files = [
+            (&source.credential_bundle_path, [credential.key(), credential.chain()].concat()),
+            (&source.key_path, credential.key().to_owned()),
+            (&source.certificate_chain_path, credential.chain().to_owned()),
+        ];
+        let wanted = files.into_iter().filter_map(|(path, text)| {
+            let path = path.clone().filter(|path| !path.is_empty())?;
+            Some((path, FileProjection { data: text.into_bytes(), mode, user }))
+        });
+        Ok(wanted.collect())
     }
 
     /// Mode and owner of a credential: only its owner may read it, and `fsGroup` adds the group. Source:
@@ -129,10 +162,6 @@ impl Sources<'_> {
         let mode = if user.is_some() || self.fs_group.is_some() { 0o600 } else { defaults.mode };
         Ok((mode, user))
     }
-}
-
-fn unsupported(field: &str, remedy: &str) -> SetUpError {
-    SetUpError::Unsupported(format!("projected.sources[].{field} is not supported by this node yet; {remedy}"))
 }
 
 /// The identity of the token that `source` asks for.
@@ -170,11 +199,6 @@ mod tests {
         assert_eq!(user(Some(5), &[None, Some(6)]), None);
         assert_eq!(user(None, &[Some(6), None]), None);
         assert_eq!(user(None, &[Some(6), Some(6)]), Some(6));
-    }
-
-    #[test]
-    fn refuses_pod_certificates_by_name() {
-        assert!(unsupported("podCertificate", "x").to_string().contains("projected.sources[].podCertificate"));
     }
 
     #[test]
