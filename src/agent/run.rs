@@ -12,6 +12,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node as NodeObject, NodeRuntimeHandler, NodeRuntimeHandlerFeatures};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -33,7 +34,7 @@ use crate::node::rotation::Rotation;
 use crate::node::{
     ApiClient, EventRecorder, Limits, MachineInfo, NodeFacts, NodeHealth, NodeKeeper, address, bootstrap, status,
 };
-use crate::objects::{ObjectCache, ServiceCache, TokenManager};
+use crate::objects::{CertificateManager, CertificateOptions, ObjectCache, ServiceCache, TokenManager, WarningSink};
 use crate::pod::admission::SysctlAllowlist;
 use crate::pod::model::Desired;
 use crate::resources::amounts::{Amounts, MEMORY};
@@ -303,9 +304,18 @@ async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, Str
         Some(api) => (ObjectCache::new(api.client()), TokenManager::new(api.client()), ServiceCache::new(api.client())),
         None => (ObjectCache::standalone(), TokenManager::standalone(), ServiceCache::standalone()),
     };
+    let certificates = cluster.api.as_ref().map_or_else(CertificateManager::standalone, |api| {
+        let events = cluster.events.clone();
+        let warn: WarningSink = Box::new(move |pod, reason, message| {
+            events.pod_event(pod, crate::node::EventType::Warning, reason, message, None);
+        });
+        let object = cluster.object.subscribe();
+        CertificateManager::new(api.client(), &config.node_name, object, warn, CertificateOptions::default())
+    });
     let objects = Arc::new(objects);
     let volumes =
         VolumeManager::new(VolumeConfig { root_dir: config.paths.root_dir.clone() }, objects.clone(), Arc::new(tokens))
+            .with_certificates(Arc::new(certificates))
             .with_image_volumes(Arc::new(images::VolumeImages { images: images.clone(), keyring: keyring.clone() }));
     let (initial, _) =
         status::build(&Default::default(), config, &facts, &cluster.health.borrow(), jiff::Timestamp::now());
@@ -582,9 +592,11 @@ fn pod_cidrs(config: &Config, object: Option<&NodeObject>) -> Vec<IpNet> {
     assigned.or(own).or(standalone).unwrap_or_default().iter().filter_map(|cidr| cidr.parse().ok()).collect()
 }
 
-/// Brings API-backed volumes up to date when an object changes, a token ages or a Pod's labels change.
+/// Brings API-backed volumes up to date when an object changes, a token ages, a certificate is renewed or a Pod's
+/// labels change.
 async fn refresh_volumes(node: Arc<Node>) {
     let mut objects = node.objects.subscribe();
+    let mut certificates = node.volumes.new_certificates();
     let mut pods = node.pods.changes();
     let mut versions: HashMap<String, Option<String>> = HashMap::new();
     loop {
@@ -597,13 +609,14 @@ async fn refresh_volumes(node: Arc<Node>) {
         let mut stale: Vec<_> = Vec::new();
         tokio::select! {
             changed = objects.recv() => match changed {
-                Ok(key) => {
-                    stale.extend(views.into_iter().filter(|view| {
-                        view.desired.pod.metadata.namespace.as_deref() == Some(&key.namespace)
-                    }));
-                }
-                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => stale = views,
-                Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+                Ok(change) => stale.extend(views.into_iter().filter(|view| change.concerns(&view.desired.pod))),
+                Err(RecvError::Lagged(_)) => stale = views,
+                Err(RecvError::Closed) => return,
+            },
+            renewed = certificates.recv() => match renewed {
+                Ok(uid) => stale.extend(views.into_iter().find(|view| view.desired.uid() == uid)),
+                Err(RecvError::Lagged(_)) => stale = views,
+                Err(RecvError::Closed) => return,
             },
             changed = pods.changed() => {
                 if changed.is_err() { return }
@@ -613,7 +626,8 @@ async fn refresh_volumes(node: Arc<Node>) {
                     let resources = &view.observed.resize.allocated;
                     let version = Some(format!("{:?}{:?}{resources:?}", meta.labels, meta.annotations));
                     let known = versions.insert(view.desired.uid().to_owned(), version.clone());
-                    if known.is_some_and(|known| known != version) {
+                    // volumes of an earlier life of the agent have tokens and certificates that nobody would renew
+                    if known.map_or_else(|| node.volumes.is_inherited(view.desired.uid()), |known| known != version) {
                         stale.push(view);
                     }
                 }

@@ -1,4 +1,4 @@
-//! ConfigMaps and Secrets that Pods of this node refer to, each watched by its name.
+//! ConfigMaps and Secrets that Pods of this node refer to, each watched by its name, and ClusterTrustBundles.
 //!
 //! The Node authorizer lets a node read an object only by name and only while a Pod on it refers to it
 //! (`plugin/pkg/auth/authorizer/node/node_authorizer.go`), so there is one watch per object: the first Pod that
@@ -11,7 +11,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use k8s_openapi::api::core::v1::{ClusterTrustBundleProjection, ConfigMap, Pod, Secret};
 use kube::Client;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
@@ -20,6 +20,7 @@ use super::error::ObjectError;
 use super::follow::{Object, Shared, State, follow, lock};
 use super::references::{ObjectKey, ObjectKind, References, references};
 use super::secret::SecretObject;
+use super::trust_bundles::{self, TrustBundleError, TrustBundles};
 
 /// Times of an [`ObjectCache`].
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +35,31 @@ pub struct CacheOptions {
 impl Default for CacheOptions {
     fn default() -> Self {
         Self { deadline: Duration::from_secs(3), idle: Duration::from_secs(300) }
+    }
+}
+
+/// An object that appeared, changed or disappeared.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// A ConfigMap or a Secret.
+    Object(ObjectKey),
+    /// A ClusterTrustBundle.
+    TrustBundle {
+        /// `metadata.name`
+        name: String,
+        /// `spec.signerName`
+        signer: Option<String>,
+    },
+}
+
+impl Change {
+    /// Whether a volume of the Pod may show the object.
+    #[must_use]
+    pub fn concerns(&self, pod: &Pod) -> bool {
+        match self {
+            Self::Object(key) => pod.metadata.namespace.as_deref() == Some(&key.namespace),
+            Self::TrustBundle { name, signer } => trust_bundles::shows(pod, name, signer.as_deref()),
+        }
     }
 }
 
@@ -66,7 +92,8 @@ pub struct ObjectCache {
     client: Option<Client>,
     options: CacheOptions,
     registry: Mutex<Registry>,
-    changes: broadcast::Sender<ObjectKey>,
+    changes: broadcast::Sender<Change>,
+    trust_bundles: TrustBundles,
 }
 
 impl fmt::Debug for ObjectCache {
@@ -94,7 +121,9 @@ impl ObjectCache {
     /// A cache with its own times; no client means no API server.
     #[must_use]
     pub fn with_options(client: Option<Client>, options: CacheOptions) -> Self {
-        Self { client, options, registry: Mutex::default(), changes: broadcast::channel(CHANGES).0 }
+        let changes = broadcast::channel(CHANGES).0;
+        let trust_bundles = TrustBundles::new(client.clone(), options.deadline, changes.clone());
+        Self { client, options, registry: Mutex::default(), changes, trust_bundles }
     }
 
     /// Keeps what `pod` refers to readable until [`Self::unregister_pod`]; call it again when the Pod changes.
@@ -103,11 +132,13 @@ impl ObjectCache {
     pub fn register_pod(&self, pod: &Pod) {
         let Some(uid) = &pod.metadata.uid else { return };
         self.set_references(uid, references(pod));
+        self.trust_bundles.register_pod(uid, pod);
     }
 
     /// Lets go what the Pod referred to.
     pub fn unregister_pod(&self, uid: &str) {
         self.set_references(uid, References::new());
+        self.trust_bundles.unregister_pod(uid);
     }
 
     fn set_references(&self, uid: &str, new: References) {
@@ -165,6 +196,15 @@ impl ObjectCache {
         }
     }
 
+    /// The PEM of the certificates that `source` selects, each once, as soon as the ClusterTrustBundles have been read;
+    /// empty if it selects none and is optional. A Pod that shows one must be registered.
+    ///
+    /// # Errors
+    /// If it selects none and is not optional, or the bundles cannot be read.
+    pub async fn trust_anchors(&self, source: &ClusterTrustBundleProjection) -> Result<String, TrustBundleError> {
+        self.trust_bundles.anchors(source).await
+    }
+
     async fn get(&self, kind: ObjectKind, namespace: &str, name: &str) -> Result<Object, ObjectError> {
         if self.client.is_none() {
             return Err(ObjectError::Standalone { kind, namespace: namespace.to_owned(), name: name.to_owned() });
@@ -196,7 +236,7 @@ impl ObjectCache {
     /// Tells which objects appeared, changed or disappeared. A receiver that lags ([`broadcast::error::RecvError`])
     /// has to look at everything.
     #[must_use]
-    pub fn subscribe(&self) -> broadcast::Receiver<ObjectKey> {
+    pub fn subscribe(&self) -> broadcast::Receiver<Change> {
         self.changes.subscribe()
     }
 }
@@ -212,196 +252,5 @@ impl Slot {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::objects::fake_api::FakeApi;
-    use serde_json::{Value, json};
-
-    const CONFIG_MAPS: &str = "/api/v1/namespaces/ns/configmaps";
-    const SECRETS: &str = "/api/v1/namespaces/ns/secrets";
-
-    fn config_map(name: &str, value: &str) -> Value {
-        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"namespace": "ns", "name": name}, "data": {"k": value}})
-    }
-
-    fn pod(uid: &str, volumes: Value, env: Value) -> Pod {
-        serde_json::from_value(json!({
-            "metadata": {"namespace": "ns", "name": uid, "uid": uid},
-            "spec": {"containers": [{"name": "c", "env": env}], "volumes": volumes}
-        }))
-        .unwrap()
-    }
-
-    fn volume_pod(uid: &str, name: &str) -> Pod {
-        pod(uid, json!([{"name": "v", "configMap": {"name": name}}]), json!([]))
-    }
-
-    fn cache(api: &FakeApi) -> ObjectCache {
-        let options = CacheOptions { deadline: Duration::from_secs(2), idle: Duration::from_secs(300) };
-        ObjectCache::with_options(Some(api.client()), options)
-    }
-
-    async fn value(cache: &ObjectCache, name: &str) -> Result<String, ObjectError> {
-        cache.config_map("ns", name).await.map(|object| object.data.as_ref().unwrap()["k"].clone())
-    }
-
-    #[tokio::test]
-    async fn watches_one_object_by_name_and_follows_its_changes() {
-        let api = FakeApi::new();
-        api.put(CONFIG_MAPS, &config_map("a", "1"));
-        api.put(CONFIG_MAPS, &config_map("other", "x"));
-        let cache = cache(&api);
-        let mut changes = cache.subscribe();
-        cache.register_pod(&volume_pod("p1", "a"));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-        let key = ObjectKey { kind: ObjectKind::ConfigMap, namespace: "ns".into(), name: "a".into() };
-        assert_eq!(changes.recv().await, Ok(key.clone()));
-
-        api.put(CONFIG_MAPS, &config_map("a", "2"));
-        assert_eq!(changes.recv().await, Ok(key.clone()));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("2"));
-
-        api.delete(CONFIG_MAPS, "ns", "a");
-        assert_eq!(changes.recv().await, Ok(key.clone()));
-        let error = value(&cache, "a").await.unwrap_err();
-        assert_eq!(error.to_string(), "configmap \"a\" not found");
-        assert!(error.is_not_found());
-
-        api.put(CONFIG_MAPS, &config_map("a", "3"));
-        assert_eq!(changes.recv().await, Ok(key));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("3"));
-        for request in api.requests() {
-            assert_eq!(request.query.get("fieldSelector").map(String::as_str), Some("metadata.name=a"));
-        }
-        assert!(matches!(value(&cache, "other").await, Err(ObjectError::NotRegistered { .. })));
-    }
-
-    #[tokio::test]
-    async fn pods_share_a_watch_that_ends_with_the_last_of_them() {
-        let api = FakeApi::new();
-        api.put(CONFIG_MAPS, &config_map("a", "1"));
-        let cache = cache(&api);
-        cache.register_pod(&volume_pod("p1", "a"));
-        cache.register_pod(&volume_pod("p2", "a"));
-        cache.register_pod(&volume_pod("p2", "a"));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-        api.until(|| api.watches() == 1).await;
-        let lists = api.requests().iter().filter(|request| !request.query.contains_key("watch")).count();
-        assert_eq!(lists, 1);
-
-        cache.unregister_pod("p2");
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-        cache.unregister_pod("p1");
-        api.until(|| api.watches() == 0).await;
-        assert!(matches!(value(&cache, "a").await, Err(ObjectError::NotRegistered { .. })));
-        assert_eq!(lock(&cache.registry).pods.len(), 0);
-    }
-
-    #[tokio::test]
-    async fn a_pod_that_refers_to_something_else_lets_the_old_object_go() {
-        let api = FakeApi::new();
-        api.put(CONFIG_MAPS, &config_map("a", "1"));
-        api.put(CONFIG_MAPS, &config_map("b", "2"));
-        let cache = cache(&api);
-        cache.register_pod(&volume_pod("p1", "a"));
-        cache.register_pod(&volume_pod("p1", "b"));
-        assert_eq!(value(&cache, "b").await.as_deref(), Ok("2"));
-        assert!(matches!(value(&cache, "a").await, Err(ObjectError::NotRegistered { .. })));
-        api.until(|| api.watches() == 1).await;
-    }
-
-    #[tokio::test]
-    async fn an_immutable_object_is_read_once() {
-        let api = FakeApi::new();
-        let mut object = config_map("a", "1");
-        object["immutable"] = json!(true);
-        api.put(CONFIG_MAPS, &object);
-        let cache = cache(&api);
-        cache.register_pod(&volume_pod("p1", "a"));
-        for _ in 0..3 {
-            assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(api.requests().len(), 1, "{:?}", api.requests());
-    }
-
-    #[tokio::test]
-    async fn a_refusal_right_after_binding_is_ridden_out() {
-        let api = FakeApi::new();
-        api.put(CONFIG_MAPS, &config_map("a", "1"));
-        api.fail(CONFIG_MAPS, 403, 2);
-        let cache = cache(&api);
-        cache.register_pod(&volume_pod("p1", "a"));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-    }
-
-    #[tokio::test]
-    async fn errors_say_what_the_server_said() {
-        let api = FakeApi::new();
-        api.fail(CONFIG_MAPS, 403, usize::MAX);
-        api.fail(SECRETS, 503, usize::MAX);
-        let options = CacheOptions { deadline: Duration::from_millis(100), ..CacheOptions::default() };
-        let cache = ObjectCache::with_options(Some(api.client()), options);
-        let volumes = json!([{"name": "v", "configMap": {"name": "a"}}, {"name": "w", "secret": {"secretName": "s"}}]);
-        cache.register_pod(&pod("p1", volumes, json!([])));
-        assert_eq!(value(&cache, "a").await, Err(ObjectError::Forbidden { message: "fake 403".into() }));
-        let error = cache.secret("ns", "s").await.unwrap_err();
-        assert_eq!(error.to_string(), "failed to sync secret cache: fake 503");
-        let alone = ObjectCache::standalone();
-        alone.register_pod(&volume_pod("p1", "a"));
-        assert!(matches!(value(&alone, "a").await, Err(ObjectError::Standalone { .. })));
-    }
-
-    #[tokio::test]
-    async fn secrets_are_decoded_and_not_printed() {
-        let api = FakeApi::new();
-        api.put(
-            SECRETS,
-            &json!({"apiVersion": "v1", "kind": "Secret", "type": "Opaque",
-            "metadata": {"namespace": "ns", "name": "s", "annotations": {"last": "hunter2"}}, "data": {"password": "aHVudGVyMg=="}}),
-        );
-        let cache = cache(&api);
-        cache.register_pod(&pod("p1", json!([{"name": "v", "secret": {"secretName": "s"}}]), json!([])));
-        let secret = cache.secret("ns", "s").await.unwrap();
-        assert_eq!(secret.data["password"], b"hunter2");
-        let shown = format!("{secret:?} {cache:?}") + &format!("{:?}", lock(&cache.registry));
-        assert!(shown.contains("password") && !shown.contains("hunter2") && !shown.contains("104, 117"), "{shown}");
-    }
-
-    #[tokio::test]
-    async fn an_object_that_only_env_needs_is_let_go_when_idle() {
-        let api = FakeApi::new();
-        api.put(CONFIG_MAPS, &config_map("a", "1"));
-        api.put(CONFIG_MAPS, &config_map("v", "1"));
-        let options = CacheOptions { deadline: Duration::from_secs(2), idle: Duration::from_millis(50) };
-        let cache = ObjectCache::with_options(Some(api.client()), options);
-        let env = json!([{"name": "A", "valueFrom": {"configMapKeyRef": {"name": "a", "key": "k"}}}]);
-        cache.register_pod(&pod("p1", json!([{"name": "v", "configMap": {"name": "v"}}]), env));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-        assert_eq!(value(&cache, "v").await.as_deref(), Ok("1"));
-        api.until(|| api.watches() == 1).await;
-        api.put(CONFIG_MAPS, &config_map("a", "2"));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("2"));
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        assert_eq!(api.watches(), 1, "the volume's object must stay watched");
-    }
-
-    #[tokio::test]
-    async fn what_was_read_stays_readable_when_the_server_goes_away() {
-        let api = FakeApi::new();
-        api.put(CONFIG_MAPS, &config_map("a", "1"));
-        let cache = cache(&api);
-        cache.register_pod(&volume_pod("p1", "a"));
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-        api.until(|| api.watches() == 1).await;
-        api.fail(CONFIG_MAPS, 503, usize::MAX);
-        api.close_watches();
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("1"));
-        api.fail(CONFIG_MAPS, 503, 0);
-        api.put(CONFIG_MAPS, &config_map("a", "2"));
-        let mut changes = cache.subscribe();
-        changes.recv().await.unwrap();
-        assert_eq!(value(&cache, "a").await.as_deref(), Ok("2"));
-    }
-}
+#[path = "cache_tests.rs"]
+mod tests;

@@ -85,6 +85,21 @@ impl FakeApi {
         inner.record(Change { version, path: path.to_owned(), kind, object });
     }
 
+    fn create(&self, path: &str, mut object: Value) -> Value {
+        let version = self.0.lock().unwrap().version;
+        if let Some(prefix) = object["metadata"]["generateName"].as_str() {
+            object["metadata"]["name"] = json!(format!("{prefix}{version}"));
+        }
+        self.put(path, &object);
+        object
+    }
+
+    /// The objects of the collection at `path`.
+    pub fn list(&self, path: &str) -> Vec<Value> {
+        let inner = self.0.lock().unwrap();
+        inner.objects.iter().filter(|((place, _, _), _)| place == path).map(|(_, object)| object.clone()).collect()
+    }
+
     pub fn delete(&self, path: &str, namespace: &str, name: &str) {
         let mut inner = self.0.lock().unwrap();
         inner.version += 1;
@@ -130,7 +145,7 @@ impl FakeApi {
     }
 
     async fn answer(&self, request: http::Request<Body>) -> Reply {
-        let path = request.uri().path().to_owned();
+        let (path, method) = (request.uri().path().to_owned(), request.method().clone());
         let query: BTreeMap<String, String> = request
             .uri()
             .query()
@@ -153,7 +168,16 @@ impl FakeApi {
                 Err(code) => failure(code),
             };
         }
-        let name = query.get("fieldSelector").and_then(|s| s.strip_prefix("metadata.name=")).map(str::to_owned);
+        if method == http::Method::POST {
+            drop(inner);
+            return reply(201, &self.create(&path, serde_json::from_slice(&body).unwrap()));
+        }
+        let (collection, last) = path.rsplit_once('/').unwrap_or_default();
+        if let Some((_, one)) = inner.objects.iter().find(|((place, _, name), _)| place == collection && name == last) {
+            return reply(200, one);
+        }
+        let mut fields = query.get("fieldSelector").into_iter().flat_map(|selector| selector.split(','));
+        let name = fields.find_map(|field| field.strip_prefix("metadata.name=")).map(str::to_owned);
         if query.get("watch").is_some_and(|watch| watch == "true") {
             return stream(inner.watch(path, name, query["resourceVersion"].parse().unwrap()));
         }

@@ -14,12 +14,13 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use super::cache::Change;
 use super::error::ObjectError;
 use super::references::ObjectKey;
 use super::secret::SecretObject;
 
 /// How long the first answer to a list may take before it is asked again.
-const LIST_DEADLINE: Duration = Duration::from_secs(30);
+pub(super) const LIST_DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Debug)]
 pub(super) enum Object {
@@ -100,7 +101,7 @@ impl Cached for Secret {
 /// Pauses between tries: they start well below a reader's deadline, because a refusal right after binding is over in
 /// milliseconds, and grow to 30 s.
 #[derive(Debug, Default)]
-struct Retry {
+pub(super) struct Retry {
     failures: u32,
 }
 
@@ -125,7 +126,7 @@ impl Backoff for Retry {
 pub(super) async fn follow<K: Cached>(
     client: Client,
     shared: Arc<Shared>,
-    changes: broadcast::Sender<ObjectKey>,
+    changes: broadcast::Sender<Change>,
     idle: Duration,
 ) {
     let api: Api<K> = Api::namespaced(client, &shared.key.namespace);
@@ -190,7 +191,7 @@ impl Shared {
     }
 
     /// Makes what was read known; `true` if it will never change again.
-    fn publish<K: Cached>(&self, object: Option<K>, changes: &broadcast::Sender<ObjectKey>) -> bool {
+    fn publish<K: Cached>(&self, object: Option<K>, changes: &broadcast::Sender<Change>) -> bool {
         let immutable = object.as_ref().is_some_and(Cached::immutable);
         let new = match object {
             Some(object) => {
@@ -214,7 +215,7 @@ impl Shared {
         });
         if changed {
             // Nobody may be listening, which is fine.
-            let _ = changes.send(self.key.clone());
+            let _ = changes.send(Change::Object(self.key.clone()));
         }
         immutable
     }

@@ -112,6 +112,9 @@ mod tests {
             ("VolumeMount", fields::<v1::VolumeMount>()),
             ("Volume", fields::<v1::Volume>()),
             ("EmptyDirVolumeSource", fields::<v1::EmptyDirVolumeSource>()),
+            ("VolumeProjection", fields::<v1::VolumeProjection>()),
+            ("ClusterTrustBundleProjection", fields::<v1::ClusterTrustBundleProjection>()),
+            ("PodCertificateProjection", fields::<v1::PodCertificateProjection>()),
             ("PodDNSConfig", fields::<v1::PodDNSConfig>()),
         ] {
             let listed: BTreeSet<String> = tables.get(heading).into_iter().flat_map(BTreeMap::keys).cloned().collect();

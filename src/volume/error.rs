@@ -3,11 +3,11 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::objects::{FieldError, ObjectError, TokenError};
+use crate::objects::{CertificateError, FieldError, ObjectError, TokenError, TrustBundleError};
 
 use super::atomic::AtomicWriteError;
 
-/// Why one volume cannot be set up. Retryable, except [`SetUpError::Unsupported`] and [`SetUpError::Invalid`], which
+/// Why one volume cannot be set up. Retryable unless [`SetUpError::is_terminal`]: those
 /// need another manifest.
 #[derive(Debug, thiserror::Error)]
 pub enum SetUpError {
@@ -17,6 +17,12 @@ pub enum SetUpError {
     /// A ServiceAccount token.
     #[error(transparent)]
     Token(#[from] TokenError),
+    /// Trust anchors of ClusterTrustBundles.
+    #[error(transparent)]
+    TrustBundle(#[from] TrustBundleError),
+    /// A certificate of the Pod.
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
     /// A field of the Pod.
     #[error(transparent)]
     Field(#[from] FieldError),
@@ -73,6 +79,8 @@ impl SetUpError {
     pub fn is_terminal(&self) -> bool {
         match self {
             Self::Unsupported(_) | Self::Invalid(_) => true,
+            Self::TrustBundle(error) => error.is_terminal(),
+            Self::Certificate(error) => error.is_terminal(),
             Self::Several(errors) => errors.iter().any(Self::is_terminal),
             _ => false,
         }

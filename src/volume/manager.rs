@@ -5,12 +5,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodSpec, Volume, VolumeMount};
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedMutexGuard, broadcast};
 
-use crate::objects::{FieldContext, ObjectCache, TokenManager};
+use crate::objects::{CertificateManager, FieldContext, ObjectCache, TokenManager};
 
 use super::atomic::{self, Payload};
 use super::empty_dir::{self, Medium};
@@ -18,6 +19,9 @@ use super::error::{SetUpError, VolumeError, VolumeFailure};
 use super::image::{ImageVolumes, NoImageVolumes};
 use super::projected::{Defaults, Sources};
 use super::{config_map, downward_api, host_path, mounts, ownership, secret, unsupported};
+
+/// How long a mount waits for a signer before it is tried again later.
+const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Where volumes live.
 #[derive(Clone, Debug)]
@@ -101,6 +105,7 @@ pub struct VolumeManager {
     pods: PathBuf,
     objects: Arc<ObjectCache>,
     tokens: Arc<TokenManager>,
+    certificates: Arc<CertificateManager>,
     images: Arc<dyn ImageVolumes>,
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -127,11 +132,25 @@ struct Prepared {
 
 impl VolumeManager {
     /// A manager that keeps the volumes below `config.root_dir`; image volumes are refused until
-    /// [`Self::with_image_volumes`].
+    /// [`Self::with_image_volumes`], certificates until [`Self::with_certificates`].
     #[must_use]
     pub fn new(config: VolumeConfig, objects: Arc<ObjectCache>, tokens: Arc<TokenManager>) -> Self {
         let pods = config.root_dir.join("pods");
-        Self { pods, objects, tokens, images: Arc::new(NoImageVolumes), locks: Mutex::default() }
+        let certificates = Arc::new(CertificateManager::standalone());
+        Self { pods, objects, tokens, certificates, images: Arc::new(NoImageVolumes), locks: Mutex::default() }
+    }
+
+    /// Takes certificates of Pods from `certificates`.
+    #[must_use]
+    pub fn with_certificates(mut self, certificates: Arc<CertificateManager>) -> Self {
+        self.certificates = certificates;
+        self
+    }
+
+    /// Tells UIDs of Pods whose certificate is new, for [`Self::refresh`].
+    #[must_use]
+    pub fn new_certificates(&self) -> broadcast::Receiver<String> {
+        self.certificates.subscribe()
     }
 
     /// Lets `images` mount image volumes.
@@ -175,6 +194,12 @@ impl VolumeManager {
         self.tokens.next_refresh(pod.metadata.uid.as_deref()?)
     }
 
+    /// Whether nothing has been done for the Pod's volumes in this life of the agent.
+    #[must_use]
+    pub fn is_inherited(&self, pod_uid: &str) -> bool {
+        !self.locks.lock().unwrap_or_else(PoisonError::into_inner).contains_key(pod_uid)
+    }
+
     /// Unmounts everything of a Pod, also of an earlier life of the agent, and removes its directory. Idempotent.
     ///
     /// Nothing that is mounted is descended into, so data that a volume only refers to stays.
@@ -189,6 +214,7 @@ impl VolumeManager {
         let (guard, done) = blocking(guard, work).await?;
         done.map_err(|source| VolumeError::TearDown { uid: uid.clone(), path: directory, source })?;
         self.tokens.forget(&uid);
+        self.certificates.forget(&uid);
         self.images.release(&uid);
         let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
         // The map and our guard are the last who know it.
@@ -245,7 +271,10 @@ impl VolumeManager {
         let Some(spec) = &pod.spec else { return Ok(MountedVolumes::new()) };
         let fs_group = fs_group(spec).map_err(|error| VolumeError::SetUp(vec![failure("", error)]))?;
         let used = used_volumes(spec);
-        let sources = Sources { pod, context, objects: &self.objects, tokens: &self.tokens, fs_group };
+        // what is mounted has a certificate already
+        let patience = if only_mounted { Duration::ZERO } else { CERTIFICATE_PATIENCE };
+        let (objects, tokens, certificates) = (&*self.objects, &*self.tokens, &*self.certificates);
+        let sources = Sources { pod, context, objects, tokens, certificates, patience, fs_group };
         let volumes = spec.volumes.iter().flatten().filter(|volume| used.contains(volume.name.as_str()));
         let volumes = volumes.filter(|volume| VolumeKind::of(volume).map_or(!only_mounted, &wanted));
         let prepared = volumes.map(|volume| async {
@@ -321,7 +350,7 @@ impl VolumeManager {
                 let defaults = Defaults::new(source.default_mode, source.default_user)?;
                 downward_api::payload(sources.pod, source.items.as_deref(), sources.context, defaults)?
             } else if let Some(source) = &volume.projected {
-                sources.projected(source).await?
+                sources.projected(name, source).await?
             } else {
                 return Err(unsupported::refuse(volume));
             };

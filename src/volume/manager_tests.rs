@@ -1,4 +1,5 @@
 use super::*;
+use crate::objects::CertificateOptions;
 use crate::objects::fake_api::FakeApi;
 use crate::volume::mounts::Scratch;
 use futures::future::BoxFuture;
@@ -150,7 +151,7 @@ async fn content_follows_the_api_server() {
     node.manager.mount(&pod, &context()).await.unwrap();
     while changes.try_recv().is_ok() {}
     node.api.put(CONFIG_MAPS, &config_map("cm", json!({"a": "2", "b": "3"})));
-    assert_eq!(changes.recv().await.unwrap().name, "cm");
+    assert!(changes.recv().await.unwrap().concerns(&pod));
     pod.metadata.labels.as_mut().unwrap().insert("k".into(), "w".into());
     node.manager.refresh(&pod, &context()).await.unwrap();
     assert_eq!(node.read("kubernetes.io~configmap/cm/a"), "2");
@@ -162,6 +163,96 @@ async fn content_follows_the_api_server() {
     let error = node.manager.refresh(&pod, &context()).await.unwrap_err();
     assert!(error.to_string().contains("volume \"cm\" : configmap \"cm\" not found"), "{error}");
     assert_eq!(node.read("kubernetes.io~configmap/cm/a"), "2", "the old content stays");
+}
+
+#[tokio::test]
+async fn trust_bundles_are_shown_and_followed() {
+    const BUNDLES: &str = "/apis/certificates.k8s.io/v1/clustertrustbundles";
+    let node = Node::new();
+    let bundle = |name: &str, body: &str| {
+        let pem = format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n");
+        json!({"kind": "ClusterTrustBundle", "metadata": {"name": name}, "spec": {"signerName": "ex.org/s", "trustBundle": pem}})
+    };
+    node.api.put(BUNDLES, &bundle("ex.org:s:1", "AAAA"));
+    let volumes = json!([{"name": "v", "projected": {"sources": [
+        {"clusterTrustBundle": {"signerName": "ex.org/s", "labelSelector": {}, "path": "all.pem", "user": 0}},
+        {"clusterTrustBundle": {"name": "ex.org:s:1", "path": "one.pem", "user": 0}},
+        {"clusterTrustBundle": {"name": "none", "optional": true, "path": "none.pem", "user": 0}}]}}]);
+    let mut changes = node.objects.subscribe();
+    let pod = node.pod(volumes, json!({"runAsUser": 1000}));
+    node.manager.mount(&pod, &context()).await.unwrap();
+    assert!(changes.recv().await.unwrap().concerns(&pod));
+    let [all, one, none] = ["all", "one", "none"].map(|name| format!("kubernetes.io~projected/v/{name}.pem"));
+    let pem = node.read(&one);
+    assert!(pem.contains("AAAA") && node.read(&all) == pem);
+    assert_eq!(fs::metadata(node.path(&none)).unwrap().len(), 0);
+    let owner = fs::metadata(node.path(&one)).unwrap();
+    assert_eq!((owner.uid(), owner.mode() & 0o777), (0, 0o600), "the source's user wins over the container's");
+    node.api.put(BUNDLES, &bundle("ex.org:s:2", "BBBB"));
+    assert!(changes.recv().await.unwrap().concerns(&pod));
+    node.manager.refresh(&pod, &context()).await.unwrap();
+    assert!(node.read(&all).contains("BBBB") && node.read(&one) == pem);
+    node.manager.unmount("uid-1").await.unwrap();
+}
+
+#[tokio::test]
+async fn certificates_are_written_and_renewed() {
+    const REQUESTS: &str = "/apis/certificates.k8s.io/v1/namespaces/ns/podcertificaterequests";
+    let node = Node::new();
+    node.api.put("/api/v1/namespaces/ns/serviceaccounts", &json!({"metadata": {"namespace": "ns", "name": "default"}}));
+    let object = serde_json::from_value(json!({"metadata": {"uid": "n"}})).unwrap();
+    let known = tokio::sync::watch::channel(Some(Arc::new(object))).1;
+    let options = CertificateOptions { jitter: Duration::ZERO, pause: Duration::ZERO };
+    let certificates = CertificateManager::new(node.api.client(), "n", known, Box::new(|_, _, _| {}), options);
+    let manager = VolumeManager::new(
+        VolumeConfig { root_dir: node.scratch.0.path().to_owned() },
+        node.objects.clone(),
+        Arc::new(TokenManager::standalone()),
+    )
+    .with_certificates(Arc::new(certificates));
+    let both =
+        json!({"signerName": "ex.org/s", "keyType": "ED25519", "keyPath": "key", "certificateChainPath": "chain"});
+    let bundle = json!({"signerName": "ex.org/s", "keyType": "ECDSAP256", "credentialBundlePath": "bundle", "user": 0});
+    let volumes =
+        json!([{"name": "v", "projected": {"sources": [{"podCertificate": both}, {"podCertificate": bundle}]}}]);
+    let pod = node.pod(volumes, json!({}));
+    let sign = |body: &str, refresh: &str| {
+        for mut request in node.api.list(REQUESTS).into_iter().filter(|request| request["status"].is_null()) {
+            request["status"] = json!({"conditions": [{"type": "Issued", "status": "True", "reason": "r", "message": "",
+                "lastTransitionTime": "2026-01-01T00:00:00Z"}], "notAfter": "2999-01-02T00:00:00Z", "beginRefreshAt": refresh,
+                "certificateChain": format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n")});
+            node.api.put(REQUESTS, &request);
+        }
+    };
+    assert!(manager.is_inherited("uid-1"));
+    let mut renewed = manager.new_certificates();
+    let fields = context();
+    let (mounted, ()) = tokio::join!(manager.mount(&pod, &fields), async {
+        node.api.until(|| node.api.list(REQUESTS).len() == 2).await;
+        sign("AAAA", "2026-01-01T00:00:00Z");
+    });
+    mounted.unwrap();
+    assert!(!manager.is_inherited("uid-1"));
+    let [key, chain, both] = ["key", "chain", "bundle"].map(|name| format!("kubernetes.io~projected/v/{name}"));
+    let old = node.read(&key);
+    assert!(old.starts_with("-----BEGIN PRIVATE KEY-----") && node.read(&chain).contains("AAAA"));
+    assert!(node.read(&both).starts_with("-----BEGIN PRIVATE KEY-----") && node.read(&both).contains("AAAA"));
+    let mode = |path: &str| fs::metadata(node.path(path)).unwrap().mode() & 0o777;
+    assert_eq!((mode(&key), mode(&both)), (0o644, 0o600), "only its owner may read a file that has one");
+    for _ in 0..2 {
+        assert_eq!(renewed.recv().await.unwrap(), "uid-1");
+    }
+    node.api.until(|| node.api.list(REQUESTS).len() == 4).await;
+    manager.refresh(&pod, &context()).await.unwrap();
+    assert_eq!(node.read(&key), old, "the old one serves until there is a new one");
+    sign("BBBB", "2999-01-01T00:00:00Z");
+    for _ in 0..2 {
+        assert_eq!(renewed.recv().await.unwrap(), "uid-1");
+    }
+    manager.refresh(&pod, &context()).await.unwrap();
+    assert!(node.read(&key) != old && node.read(&chain).contains("BBBB") && node.read(&both).contains("BBBB"));
+    manager.unmount("uid-1").await.unwrap();
+    assert!(manager.is_inherited("uid-1"));
 }
 
 #[tokio::test]
@@ -183,7 +274,9 @@ async fn failures_name_each_volume_and_the_others_are_mounted() {
         "MountVolume.SetUp failed for volume \"c\" : this node cannot mount volumes of kind persistentVolumeClaim"
     ));
     assert!(
-        texts[2].contains("[secret \"none\" not found, projected.sources[].clusterTrustBundle is not supported"),
+        texts[2].contains(
+            "[secret \"none\" not found, ClusterTrustBundle projection requires either name or signerName to be set]"
+        ),
         "{}",
         texts[2]
     );

@@ -1,8 +1,12 @@
 //! `projected` volumes: several sources in one directory. Source: `pkg/volume/projected/projected.go`.
 
-use k8s_openapi::api::core::v1::{Pod, ProjectedVolumeSource, ServiceAccountTokenProjection, VolumeProjection};
+use std::time::Duration;
 
-use crate::objects::{FieldContext, ObjectCache, TokenKey, TokenManager};
+use k8s_openapi::api::core::v1::{
+    Pod, PodCertificateProjection, ProjectedVolumeSource, ServiceAccountTokenProjection, VolumeProjection,
+};
+
+use crate::objects::{CertificateManager, FieldContext, ObjectCache, TokenKey, TokenManager};
 
 use super::atomic::{FileProjection, Payload};
 use super::error::SetUpError;
@@ -63,6 +67,9 @@ pub(super) struct Sources<'a> {
     pub context: &'a FieldContext,
     pub objects: &'a ObjectCache,
     pub tokens: &'a TokenManager,
+    pub certificates: &'a CertificateManager,
+    /// How long to wait for a first certificate.
+    pub patience: Duration,
     pub fs_group: Option<u32>,
 }
 
@@ -71,10 +78,11 @@ impl Sources<'_> {
         self.pod.metadata.namespace.as_deref().unwrap_or("default")
     }
 
-    /// The files of a projected volume. A later source takes a path from an earlier one.
-    pub async fn projected(&self, source: &ProjectedVolumeSource) -> Result<Payload, SetUpError> {
+    /// The files of projected volume `volume`. A later source takes a path from an earlier one.
+    pub async fn projected(&self, volume: &str, source: &ProjectedVolumeSource) -> Result<Payload, SetUpError> {
         let defaults = Defaults::new(source.default_mode, source.default_user)?;
-        let parts = source.sources.iter().flatten().map(|part| self.part(part, defaults));
+        let parts = source.sources.iter().flatten().enumerate();
+        let parts = parts.map(|(index, part)| self.part((volume, index), part, defaults));
         let mut payload = Payload::new();
         let mut errors = Vec::new();
         for part in futures::future::join_all(parts).await {
@@ -86,7 +94,12 @@ impl Sources<'_> {
         SetUpError::collect(errors).map(|()| payload)
     }
 
-    async fn part(&self, part: &VolumeProjection, defaults: Defaults) -> Result<Payload, SetUpError> {
+    async fn part(
+        &self,
+        place: (&str, usize),
+        part: &VolumeProjection,
+        defaults: Defaults,
+    ) -> Result<Payload, SetUpError> {
         let namespace = self.namespace();
         if let Some(source) = &part.config_map {
             let optional = source.optional.unwrap_or_default();
@@ -100,31 +113,55 @@ impl Sources<'_> {
             downward_api::payload(self.pod, source.items.as_deref(), self.context, defaults)
         } else if let Some(source) = &part.service_account_token {
             self.token(source, defaults).await
-        } else if part.cluster_trust_bundle.is_some() {
-            Err(unsupported("clusterTrustBundle", "put the certificates into a ConfigMap and project that"))
-        } else if part.pod_certificate.is_some() {
-            Err(unsupported("podCertificate", "use a Secret with a certificate that another component renews"))
+        } else if let Some(source) = &part.cluster_trust_bundle {
+            let (mode, user) = self.owner(source.user, defaults)?;
+            let data = self.objects.trust_anchors(source).await?.into_bytes();
+            Ok([(source.path.clone(), FileProjection { data, mode, user })].into())
+        } else if let Some(source) = &part.pod_certificate {
+            self.certificate(place, source, defaults).await
         } else {
-            let known = "configMap, secret, downwardAPI or serviceAccountToken";
+            let known = "configMap, secret, downwardAPI, serviceAccountToken, clusterTrustBundle or podCertificate";
             Err(SetUpError::Invalid(format!("a source of a projected volume names none of {known}")))
         }
     }
 
     async fn token(&self, source: &ServiceAccountTokenProjection, defaults: Defaults) -> Result<Payload, SetUpError> {
-        let user = match file_user(source.user)?.or(defaults.user) {
-            Some(user) => Some(user),
-            None => file_user(common_user(self.pod))?,
-        };
+        let (mode, user) = self.owner(source.user, defaults)?;
         let token = self.tokens.token(&token_key(self.pod, source)).await?;
-        // Only its owner may read it; fsGroup adds the group.
-        let mode = if user.is_some() || self.fs_group.is_some() { 0o600 } else { defaults.mode };
         let file = FileProjection { data: token.value().as_bytes().to_vec(), mode, user };
         Ok([(source.path.clone(), file)].into())
     }
-}
 
-fn unsupported(field: &str, remedy: &str) -> SetUpError {
-    SetUpError::Unsupported(format!("projected.sources[].{field} is not supported by this node yet; {remedy}"))
+    async fn certificate(
+        &self,
+        (volume, index): (&str, usize),
+        source: &PodCertificateProjection,
+        defaults: Defaults,
+    ) -> Result<Payload, SetUpError> {
+        let (mode, user) = self.owner(source.user, defaults)?;
+        let credential = self.certificates.credential(self.pod, volume, index, source, self.patience).await?;
+        let files = [
+            (&source.credential_bundle_path, [credential.key(), credential.chain()].concat()),
+            (&source.key_path, credential.key().to_owned()),
+            (&source.certificate_chain_path, credential.chain().to_owned()),
+        ];
+        let wanted = files.into_iter().filter_map(|(path, text)| {
+            let path = path.clone().filter(|path| !path.is_empty())?;
+            Some((path, FileProjection { data: text.into_bytes(), mode, user }))
+        });
+        Ok(wanted.collect())
+    }
+
+    /// Mode and owner of a credential: only its owner may read it, and `fsGroup` adds the group. Source:
+    /// `resolveFsUser`.
+    fn owner(&self, user: Option<i64>, defaults: Defaults) -> Result<(u32, Option<u32>), SetUpError> {
+        let user = match file_user(user)?.or(defaults.user) {
+            Some(user) => Some(user),
+            None => file_user(common_user(self.pod))?,
+        };
+        let mode = if user.is_some() || self.fs_group.is_some() { 0o600 } else { defaults.mode };
+        Ok((mode, user))
+    }
 }
 
 /// The identity of the token that `source` asks for.
