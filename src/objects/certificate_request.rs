@@ -79,9 +79,11 @@ pub(super) enum IssueError {
 /// Makes a key and a request, and waits for the certificate.
 pub(super) async fn try_issue(shared: &Shared, subject: &Subject) -> Result<Credential, IssueError> {
     let key_type = subject.source.key_type.clone();
+    let turn = shared.keys.acquire().await;
     let made = tokio::task::spawn_blocking(move || KeyAndProof::generate(&key_type)).await;
     let KeyAndProof { key, proof } =
         made.map_err(|error| IssueError::Api("generating keypair", error.to_string()))??;
+    drop(turn);
     let request = create(shared, subject, proof).await?;
     let name = request.metadata.name.clone().unwrap_or_default();
     let answer = wait(shared, subject, &name).await?;
@@ -98,9 +100,14 @@ pub(super) async fn try_issue(shared: &Shared, subject: &Subject) -> Result<Cred
     let Some(begin) = status.begin_refresh_at else {
         return Err(IssueError::Incomplete(full, "status.beginRefreshAt"));
     };
-    let soonest = Timestamp::now() + shared.options.pause;
-    let refresh_at = (begin.0 + shared.options.jitter.mul_f64(fastrand::f64())).max(soonest);
+    let soonest = later(Timestamp::now(), shared.options.pause);
+    let refresh_at = later(begin.0, shared.options.jitter.mul_f64(fastrand::f64())).max(soonest);
     Ok(Credential { key, chain, not_after: not_after.0, refresh_at })
+}
+
+/// Addition that ends at the end of time: the signer says when it begins.
+pub(super) fn later(at: Timestamp, by: Duration) -> Timestamp {
+    at.saturating_add(by).unwrap_or(Timestamp::MAX)
 }
 
 async fn create(shared: &Shared, subject: &Subject, proof: Vec<u8>) -> Result<PodCertificateRequest, IssueError> {

@@ -13,14 +13,14 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, Pod, PodCertificateProjection};
 use kube::Client;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::AbortHandle;
 
-use super::certificate_request::{IssueError, Subject, try_issue};
+use super::certificate_request::{IssueError, Subject, later, try_issue};
 use super::follow::{Retry, lock};
 
 /// A certificate that is not renewed so long after its time is worth an event (`refreshOverdueDuration`).
-const OVERDUE: SignedDuration = SignedDuration::from_mins(10);
+const OVERDUE: Duration = Duration::from_secs(600);
 /// Longest sleep without a look at the clock, which may have been set.
 const LOOK: SignedDuration = SignedDuration::from_hours(1);
 /// Changes that a slow subscriber may fall behind by before it is told that it has missed some.
@@ -139,6 +139,8 @@ pub(super) struct Shared {
     pub(super) node: watch::Receiver<Option<Arc<Node>>>,
     pub(super) warn: WarningSink,
     pub(super) options: CertificateOptions,
+    /// One key is made at a time, as with kubelet: RSA takes a processor for a second.
+    pub(super) keys: Semaphore,
     changes: broadcast::Sender<String>,
 }
 
@@ -168,7 +170,7 @@ impl CertificateManager {
     ) -> Self {
         let changes = broadcast::channel(CHANGES).0;
         let (node_name, sender) = (node_name.to_owned(), changes.clone());
-        let shared = Shared { client, node_name, node, warn, options, changes: sender };
+        let shared = Shared { client, node_name, node, warn, options, keys: Semaphore::new(1), changes: sender };
         Self { shared: Some(Arc::new(shared)), entries: Mutex::default(), changes }
     }
 
@@ -241,7 +243,7 @@ async fn keep(shared: Arc<Shared>, subject: Subject, state: watch::Sender<State>
         };
         let warnings = async {
             let overdue = async {
-                sleep_until(refresh_at + OVERDUE).await;
+                sleep_until(later(refresh_at, OVERDUE)).await;
                 (shared.warn)(
                     &subject.pod,
                     "CertificateOverdueForRefresh",
@@ -291,7 +293,7 @@ async fn issue(
         if let Some(state) = state {
             drop(state.send_replace(Err(CertificateError::NotIssued(Some(error.to_string())))));
         }
-        tokio::time::sleep(pauses.next().unwrap_or(OVERDUE.unsigned_abs())).await;
+        tokio::time::sleep(pauses.next().unwrap_or(OVERDUE)).await;
     }
 }
 

@@ -65,7 +65,7 @@ fn sign(api: &FakeApi, mut request: Value, body: &str, refresh: Timestamp, end: 
     api.put(REQUESTS, &request);
 }
 
-fn later(seconds: i64) -> Timestamp {
+fn from_now(seconds: i64) -> Timestamp {
     Timestamp::now() + SignedDuration::from_secs(seconds)
 }
 
@@ -89,7 +89,7 @@ async fn asks_once_as_kubelet_does_and_gives_what_was_signed() {
         "unverifiedUserAnnotations": {"ex.org/a": "b"}});
     assert_eq!(spec, expected);
     let mut changes = manager.subscribe();
-    sign(&api, asked, "one", later(1800), later(3600));
+    sign(&api, asked, "one", from_now(1800), from_now(3600));
     let (one, two) = tokio::join!(get(&manager, LONG), get(&manager, LONG));
     assert_eq!(one, two);
     let credential = one.unwrap();
@@ -97,7 +97,7 @@ async fn asks_once_as_kubelet_does_and_gives_what_was_signed() {
     assert!(credential.key().starts_with("-----BEGIN PRIVATE KEY-----\n"));
     assert!(!credential.chain().contains("comment") && !credential.chain().contains("not base64"));
     assert_eq!(changes.recv().await.unwrap(), "u1");
-    let jitter = credential.refresh_at.duration_since(later(1800)).as_secs();
+    let jitter = credential.refresh_at.duration_since(from_now(1800)).as_secs();
     assert!((-5..=300).contains(&jitter), "{jitter}");
     assert_eq!(api.list(REQUESTS).len(), 1);
     let selector = "spec.nodeName=n,metadata.name=";
@@ -113,19 +113,31 @@ async fn renews_in_time_with_another_key_and_warns_of_the_end() {
     let _ = get(&manager, Duration::ZERO).await;
     let first = request(&api, "").await;
     let name = first["metadata"]["name"].as_str().unwrap().to_owned();
-    sign(&api, first, "one", later(0), later(1));
+    sign(&api, first, "one", from_now(0), from_now(1));
     let one = get(&manager, LONG).await.unwrap();
     let mut changes = manager.subscribe();
     let second = request(&api, &name).await;
     assert_eq!(get(&manager, LONG).await.unwrap(), one, "the old one serves");
     api.until(|| !warnings.lock().unwrap().is_empty()).await;
     assert_eq!(warnings.lock().unwrap()[0], ("CertificateExpired".to_owned(), "PodCertificate expired".to_owned()));
-    sign(&api, second, "two", later(600), later(3600));
+    sign(&api, second, "two", from_now(600), from_now(3600));
     assert_eq!(changes.recv().await.unwrap(), "u1");
     let two = get(&manager, LONG).await.unwrap();
     assert!(body(&two) == "two" && two.key() != one.key());
     manager.forget("u1");
     assert!(lock(&manager.entries).is_empty());
+}
+
+#[tokio::test]
+async fn the_end_of_time_is_a_time() {
+    let (api, manager, _) = setup(CertificateOptions::default());
+    let _ = get(&manager, Duration::ZERO).await;
+    sign(&api, request(&api, "").await, "one", Timestamp::MAX, Timestamp::MIN);
+    let credential = get(&manager, LONG).await.unwrap();
+    assert!(credential.refresh_at.duration_since(Timestamp::MAX).as_secs() == 0);
+    tokio::task::yield_now().await;
+    assert_eq!(body(&get(&manager, LONG).await.unwrap()), "one");
+    assert!(lock(&manager.entries).values().all(|entry| !entry.task.is_finished()));
 }
 
 #[tokio::test]
@@ -163,7 +175,7 @@ async fn a_deleted_request_is_made_again_and_a_poor_answer_refused() {
     let third = request(&api, &name).await;
     let error = get(&manager, Duration::ZERO).await.unwrap_err();
     assert!(error.to_string().ends_with("is issued without status.certificateChain"), "{error}");
-    sign(&api, third, "good", later(600), later(3600));
+    sign(&api, third, "good", from_now(600), from_now(3600));
     assert_eq!(body(&get(&manager, LONG).await.unwrap()), "good");
 }
 
