@@ -2,6 +2,7 @@
 
 mod admission;
 mod allocatable;
+mod build;
 mod container;
 mod endpoints;
 mod hooks;
@@ -26,6 +27,7 @@ mod shutdown;
 mod sources;
 mod stats;
 mod termination;
+mod upkeep;
 
 pub use local::socket_path;
 pub use run::{Standalone, main};

@@ -1,66 +1,38 @@
 //! The life of the agent: start every part in order, run until a signal, let go of the Pods.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
-use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node as NodeObject, NodeRuntimeHandler, NodeRuntimeHandlerFeatures};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::build::{DECLARED_FEATURES, build};
 use super::mirrors::Mirrors;
 use super::node::{Node, NodeEffects};
-use super::pods::Pods;
-use super::progress::Pulls;
-use super::records::Records;
 use super::shutdown::{Shutdown, ended_by_shutdown};
-use super::{allocatable, images, leave, local, process, serving, sources};
+use super::upkeep::{follow_pod_cidrs, keep_images, read_pod_cidrs, refresh_volumes, set_pod_cidrs};
+use super::{allocatable, leave, local, process, serving, sources};
 use crate::config::Config;
-use crate::image::{GcPolicy, ImageError, ImageStore, Keyring, StoreConfig};
-use crate::network::dns::{NodeDns, ResolvConf};
-use crate::network::{Network, NetworkConfig};
+use crate::network::Network;
 use crate::node::client::Credentials;
 use crate::node::k3s::{self, Renewal, Tunnel};
 use crate::node::lease::{self, LeaseSettings};
 use crate::node::rotation::Rotation;
 use crate::node::{
-    ApiClient, EventRecorder, Limits, MachineInfo, NodeFacts, NodeHealth, NodeKeeper, address, bootstrap, status,
+    ApiClient, EventRecorder, Limits, MachineInfo, NodeFacts, NodeHealth, NodeKeeper, address, bootstrap,
 };
-use crate::objects::{CertificateManager, CertificateOptions, ObjectCache, ServiceCache, TokenManager, WarningSink};
-use crate::pod::admission::SysctlAllowlist;
 use crate::pod::model::Desired;
-use crate::resources::amounts::{Amounts, MEMORY};
-use crate::resources::cgroup::{CgroupConfig, CgroupError, CgroupTree, Driver, enter_own_cgroup};
-use crate::resources::limits::{LimitPolicy, MemoryQos, SwapBehavior};
-use crate::runtime::client::ShimLauncher;
-use crate::runtime::spec::NodeTraits;
+use crate::resources::cgroup::enter_own_cgroup;
 use crate::source::{Origin, PodChange, api as api_source, origin};
-use crate::volume::{VolumeConfig, VolumeManager};
-
-/// How often images are looked at for collection (`ImageGCPeriod` in kubelet).
-const IMAGE_GC_PERIOD: Duration = Duration::from_secs(5 * 60);
-
-/// The address ranges that the cluster has assigned, for the next start.
-const POD_CIDRS_FILE: &str = "pod-cidrs.json";
 
 /// How long a standalone node waits for its Pod network.
 const NETWORK_WAIT: Duration = Duration::from_secs(10);
-
-/// Features whose meaning for other components this node has (`status.declaredFeatures`).
-const DECLARED_FEATURES: [&str; 4] = [
-    "ExtendWebSocketsToKubelet",
-    "InPlacePodLevelResourcesVerticalScaling",
-    "InPlacePodVerticalScalingInitContainers",
-    "RestartAllContainersOnContainerExits",
-];
 
 /// Runs the agent; returns when it is told to stop.
 #[must_use]
@@ -95,14 +67,14 @@ pub fn main(config: Config) -> ExitCode {
 }
 
 /// What a node has towards its API server, or does without.
-struct Cluster {
-    api: Option<Arc<ApiClient>>,
-    events: EventRecorder,
-    rotated: watch::Sender<u64>,
-    object: watch::Sender<Option<Arc<NodeObject>>>,
-    facts: watch::Sender<Arc<NodeFacts>>,
-    health: watch::Sender<NodeHealth>,
-    cancel: CancellationToken,
+pub(super) struct Cluster {
+    pub(super) api: Option<Arc<ApiClient>>,
+    pub(super) events: EventRecorder,
+    pub(super) rotated: watch::Sender<u64>,
+    pub(super) object: watch::Sender<Option<Arc<NodeObject>>>,
+    pub(super) facts: watch::Sender<Arc<NodeFacts>>,
+    pub(super) health: watch::Sender<NodeHealth>,
+    pub(super) cancel: CancellationToken,
 }
 
 async fn run(config: Arc<Config>) -> Result<(), String> {
@@ -284,139 +256,6 @@ async fn connect(config: &Arc<Config>) -> Result<Cluster, String> {
     Ok(Cluster { api, events, rotated, object, facts, health, cancel: CancellationToken::new() })
 }
 
-async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc<Node>, String> {
-    let facts = cluster.facts.borrow().clone();
-    let addresses: Vec<IpAddr> =
-        facts.addresses.iter().filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
-    let records =
-        Records::open(&config.paths.state_dir).map_err(|error| format!("open the state directory: {error}"))?;
-    let mut store = StoreConfig::new(&config.paths.data_dir);
-    store.insecure_registries.clone_from(&config.insecure_registries);
-    let images = open_images(store).await?;
-    let home = std::env::home_dir().unwrap_or_else(|| "/".into());
-    let keyring = Keyring::from_node(&config.paths.root_dir, &home);
-    let mut network = NetworkConfig::new(&config.paths.state_dir);
-    network.bridge.clone_from(&config.bridge_name);
-    network.cluster_cidrs.clone_from(&config.cluster_cidrs);
-    network.cni.clone_from(&config.cni);
-    let network = Network::open(network).await.map_err(|error| format!("open the Pod network: {error}"))?;
-    let (objects, tokens, services) = match &cluster.api {
-        Some(api) => (ObjectCache::new(api.client()), TokenManager::new(api.client()), ServiceCache::new(api.client())),
-        None => (ObjectCache::standalone(), TokenManager::standalone(), ServiceCache::standalone()),
-    };
-    let certificates = cluster.api.as_ref().map_or_else(CertificateManager::standalone, |api| {
-        let events = cluster.events.clone();
-        let warn: WarningSink = Box::new(move |pod, reason, message| {
-            events.pod_event(pod, crate::node::EventType::Warning, reason, message, None);
-        });
-        let object = cluster.object.subscribe();
-        CertificateManager::new(api.client(), &config.node_name, object, warn, CertificateOptions::default())
-    });
-    let objects = Arc::new(objects);
-    let volumes =
-        VolumeManager::new(VolumeConfig { root_dir: config.paths.root_dir.clone() }, objects.clone(), Arc::new(tokens))
-            .with_certificates(Arc::new(certificates))
-            .with_image_volumes(Arc::new(images::VolumeImages { images: images.clone(), keyring: keyring.clone() }));
-    let (initial, _) =
-        status::build(&Default::default(), config, &facts, &cluster.health.borrow(), jiff::Timestamp::now());
-    let allocatable = initial.allocatable.unwrap_or_default();
-    let cgroups = cgroups(config, &facts, &Amounts::of(Some(&allocatable)))
-        .map_err(|error| format!("open the cgroup tree: {error}"))?;
-    let traits = NodeTraits::detect(
-        cgroups.policy().cgroup_v2,
-        config.paths.seccomp_dir.clone(),
-        config.kubelet.seccomp_default,
-    )
-    .map_err(|error| format!("look at this process: {error}"))?;
-    Ok(Arc::new(Node {
-        config: config.clone(),
-        api: cluster.api.clone(),
-        events: cluster.events.clone(),
-        records,
-        pods: Arc::new(Pods::default()),
-        images,
-        keyring,
-        pulls: Arc::new(Pulls::default()),
-        network: Arc::new(network),
-        dns: dns(config, &addresses),
-        volumes: Arc::new(volumes),
-        objects,
-        services: Arc::new(services),
-        cgroups: Arc::new(cgroups),
-        launcher: ShimLauncher::new().map_err(|error| format!("prepare to start shims: {error}"))?,
-        traits,
-        sysctls: SysctlAllowlist::new(&config.kubelet.allowed_unsafe_sysctls)
-            .map_err(|error| format!("allowedUnsafeSysctls: {error}"))?,
-        declared_features: DECLARED_FEATURES.map(str::to_owned).into(),
-        object: cluster.object.subscribe(),
-        addresses,
-        allocatable,
-        shims: Mutex::new(HashMap::new()),
-        shutting_down: AtomicBool::new(false),
-    }))
-}
-
-/// Opens the image store; an earlier life that was just killed may need a moment to let go of it.
-async fn open_images(config: StoreConfig) -> Result<Arc<ImageStore>, String> {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-    loop {
-        let config = config.clone();
-        let opened =
-            tokio::task::spawn_blocking(move || ImageStore::open(config)).await.map_err(|error| error.to_string())?;
-        match opened {
-            Err(ImageError::Io { source, .. })
-                if source.kind() == std::io::ErrorKind::WouldBlock && tokio::time::Instant::now() < deadline =>
-            {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            opened => return opened.map_err(|error| format!("open the image store: {error}")),
-        }
-    }
-}
-
-fn cgroups(config: &Config, facts: &NodeFacts, allocatable: &Amounts) -> Result<CgroupTree, CgroupError> {
-    let kubelet = &config.kubelet;
-    let policy = LimitPolicy {
-        cpu_cfs_quota: kubelet.cpu_cfs_quota,
-        cpu_period: u64::try_from(kubelet.cpu_cfs_quota_period.std().as_micros()).unwrap_or(100_000),
-        single_process_oom_kill: kubelet.single_process_oom_kill.unwrap_or(false),
-        pod_pids_limit: Some(kubelet.pod_pids_limit).filter(|limit| *limit > 0),
-        memory_capacity: facts.machine.memory,
-        swap_capacity: facts.machine.swap,
-        swap_behavior: match kubelet.memory_swap.swap_behavior.as_str() {
-            "LimitedSwap" => SwapBehavior::LimitedSwap,
-            _ => SwapBehavior::NoSwap,
-        },
-        memory_qos: config.feature_gates.enabled("MemoryQoS").then(|| MemoryQos {
-            tiered_reservation: kubelet.memory_reservation_policy == "TieredReservation",
-            throttling_factor: kubelet.memory_throttling_factor,
-        }),
-        allocatable_memory: allocatable.value(MEMORY),
-        ..LimitPolicy::default()
-    };
-    let driver = if kubelet.cgroup_driver == "systemd" { Driver::Systemd } else { Driver::Cgroupfs };
-    let root = if kubelet.cgroup_root.is_empty() { "/".to_owned() } else { kubelet.cgroup_root.clone() };
-    CgroupTree::open(CgroupConfig { root, driver, policy })
-}
-
-fn dns(config: &Config, addresses: &[IpAddr]) -> NodeDns {
-    let path = &config.kubelet.resolver_config;
-    let resolver = (!path.is_empty()).then(|| fs::read_to_string(path).ok()).flatten();
-    let resolver = resolver.and_then(|text| match ResolvConf::parse(&text) {
-        Ok(resolver) => Some(resolver),
-        Err(error) => {
-            tracing::warn!(file = path, %error, "resolvConf is not used");
-            None
-        }
-    });
-    NodeDns {
-        resolver,
-        cluster_dns: config.kubelet.cluster_dns.iter().filter_map(|address| address.parse().ok()).collect(),
-        cluster_domain: config.kubelet.cluster_domain.clone(),
-        node_ips: addresses.to_vec(),
-    }
-}
-
 /// Takes over what an earlier life of the agent left, before any source says what should be.
 async fn adopt(node: &Arc<Node>, effects: &Arc<NodeEffects>) -> Result<(), String> {
     let (known, unknown) = node.records.load().map_err(|error| format!("read the Pods' records: {error}"))?;
@@ -532,164 +371,5 @@ fn renew_certificates(config: &Arc<Config>, cluster: &Cluster, api: &Arc<ApiClie
     if config.kubelet.server_tls_bootstrap {
         let facts = cluster.facts.subscribe();
         tokio::spawn(Rotation::serving(config.clone(), api.client(), facts, rotated).run());
-    }
-}
-
-/// Gives the network the address ranges that the cluster assigns, and tells the node's health, also when CNI plugins
-/// change it.
-async fn follow_pod_cidrs(
-    node: Arc<Node>,
-    mut object: watch::Receiver<Option<Arc<NodeObject>>>,
-    health: watch::Sender<NodeHealth>,
-) {
-    let mut network = node.network.changes();
-    loop {
-        let cidrs = pod_cidrs(&node.config, object.borrow_and_update().as_deref());
-        set_pod_cidrs(&node, &cidrs, &health).await;
-        if !cidrs.is_empty() {
-            let text = serde_json::to_vec(&cidrs).unwrap_or_default();
-            let path = node.config.paths.state_dir.join(POD_CIDRS_FILE);
-            if fs::read(&path).is_ok_and(|known| known == text) {
-                // nothing new
-            } else if let Err(error) = fs::write(&path, text) {
-                tracing::warn!(%error, path = %path.display(), "the next start has to wait for the API server's word");
-            }
-        }
-        tokio::select! {
-            changed = object.changed() => if changed.is_err() { return std::future::pending().await },
-            _ = network.changed() => {}
-        }
-    }
-}
-
-async fn set_pod_cidrs(node: &Node, cidrs: &[IpNet], health: &watch::Sender<NodeHealth>) {
-    if !cidrs.is_empty()
-        && let Err(error) = node.network.set_pod_cidrs(cidrs).await
-    {
-        tracing::error!(%error, "the Pod network cannot be set up");
-    }
-    let ready = node.network.ready();
-    health.send_if_modified(|health| {
-        let changed = health.network != ready;
-        health.network = ready;
-        changed
-    });
-}
-
-/// The ranges of the agent's last life on this boot.
-fn read_pod_cidrs(config: &Config) -> Vec<IpNet> {
-    let known = fs::read(config.paths.state_dir.join(POD_CIDRS_FILE)).ok();
-    known.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
-}
-
-fn pod_cidrs(config: &Config, object: Option<&NodeObject>) -> Vec<IpNet> {
-    let spec = object.and_then(|node| node.spec.as_ref());
-    let assigned = spec.and_then(|spec| spec.pod_cidrs.clone().or_else(|| Some(vec![spec.pod_cidr.clone()?])));
-    let own =
-        (!config.kubelet.pod_cidr.is_empty()).then(|| config.kubelet.pod_cidr.split(',').map(str::to_owned).collect());
-    // a node by itself has nobody to assign it a range
-    let standalone = config.kubeconfig.is_none().then(|| vec!["10.88.0.0/16".to_owned()]);
-    assigned.or(own).or(standalone).unwrap_or_default().iter().filter_map(|cidr| cidr.parse().ok()).collect()
-}
-
-/// Brings API-backed volumes up to date when an object changes, a token ages, a certificate is renewed or a Pod's
-/// labels change.
-async fn refresh_volumes(node: Arc<Node>) {
-    let mut objects = node.objects.subscribe();
-    let mut certificates = node.volumes.new_certificates();
-    let mut pods = node.pods.changes();
-    let mut versions: HashMap<String, Option<String>> = HashMap::new();
-    loop {
-        let views: Vec<_> =
-            node.pods.views().into_iter().filter(|view| view.observed.volumes_mounted && view.is_active()).collect();
-        let next = views.iter().filter_map(|view| node.volumes.next_refresh(&view.desired.pod)).min();
-        let wait = next.map_or(Duration::from_secs(3600), |at| {
-            Duration::try_from(at.duration_since(jiff::Timestamp::now())).unwrap_or_default()
-        });
-        let mut stale: Vec<_> = Vec::new();
-        tokio::select! {
-            changed = objects.recv() => match changed {
-                Ok(change) => stale.extend(views.into_iter().filter(|view| change.concerns(&view.desired.pod))),
-                Err(RecvError::Lagged(_)) => stale = views,
-                Err(RecvError::Closed) => return,
-            },
-            renewed = certificates.recv() => match renewed {
-                Ok(uid) => stale.extend(views.into_iter().find(|view| view.desired.uid() == uid)),
-                Err(RecvError::Lagged(_)) => stale = views,
-                Err(RecvError::Closed) => return,
-            },
-            changed = pods.changed() => {
-                if changed.is_err() { return }
-                versions.retain(|uid, _| views.iter().any(|view| view.desired.uid() == uid));
-                for view in views {
-                    let meta = &view.desired.pod.metadata;
-                    let resources = &view.observed.resize.allocated;
-                    let version = Some(format!("{:?}{:?}{resources:?}", meta.labels, meta.annotations));
-                    let known = versions.insert(view.desired.uid().to_owned(), version.clone());
-                    // volumes of an earlier life of the agent have tokens and certificates that nobody would renew
-                    if known.map_or_else(|| node.volumes.is_inherited(view.desired.uid()), |known| known != version) {
-                        stale.push(view);
-                    }
-                }
-            }
-            () = tokio::time::sleep(wait) => stale = views,
-        }
-        for view in stale {
-            let context = node.field_context(&view.observed);
-            if let Err(error) = node.volumes.refresh(&view.desired.pod, &context).await {
-                tracing::warn!(pod = view.desired.uid(), %error, "volumes are not up to date");
-            }
-        }
-    }
-}
-
-/// Reports the images there are, and collects those that nobody uses when the disk fills up.
-async fn keep_images(node: Arc<Node>, facts: watch::Sender<Arc<NodeFacts>>) {
-    let mut pods = node.pods.changes();
-    let mut collected = tokio::time::Instant::now();
-    loop {
-        let list = images::node_images(&node.images);
-        facts.send_if_modified(|facts| {
-            let changed = facts.images != list;
-            if changed {
-                Arc::make_mut(facts).images = list;
-            }
-            changed
-        });
-        if collected.elapsed() >= IMAGE_GC_PERIOD {
-            collected = tokio::time::Instant::now();
-            collect_images(&node).await;
-        }
-        let until = collected + IMAGE_GC_PERIOD;
-        tokio::select! {
-            changed = pods.changed() => {
-                if changed.is_err() { return }
-                // many Pods at once are one look
-                tokio::time::sleep(Duration::from_secs(5)).await;
-            }
-            () = tokio::time::sleep_until(until) => {}
-        }
-    }
-}
-
-async fn collect_images(node: &Arc<Node>) {
-    let kubelet = &node.config.kubelet;
-    let percent = |value: i32| u8::try_from(value.clamp(0, 100)).unwrap_or(100);
-    let policy = GcPolicy {
-        high_percent: percent(kubelet.image_gc_high_threshold_percent),
-        low_percent: percent(kubelet.image_gc_low_threshold_percent),
-        min_age: kubelet.image_minimum_gc_age.std(),
-        max_age: Some(kubelet.image_maximum_gc_age.std()).filter(|age| !age.is_zero()),
-    };
-    let in_use: HashSet<String> = node
-        .pods
-        .views()
-        .iter()
-        .flat_map(|view| view.observed.containers.values())
-        .filter_map(|facts| node.images.resolve(&facts.current.as_ref()?.image_id).ok().flatten())
-        .map(|image| image.id.clone())
-        .collect();
-    if let Err(error) = node.images.collect_garbage(&in_use, policy).await {
-        node.events.node_event(crate::node::EventType::Warning, "ImageGCFailed", error.to_string());
     }
 }

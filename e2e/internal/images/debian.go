@@ -119,26 +119,20 @@ func (d *debian) download(ctx context.Context, packages ...string) ([]string, er
 // source fetches the upstream tarball of a source package.
 func (d *debian) source(ctx context.Context, name, version string) (string, error) {
 	dir := filepath.Join(d.dir, "sources")
-	plan, err := d.apt(ctx, dir, "--print-uris", "--download-only", "source", name)
-	if err != nil {
-		return "", err
-	}
-	if !strings.Contains(string(plan), name+"_"+version+".orig") {
-		return "", fmt.Errorf("debian %s has another %s than %s:\n%s", debianSuite, name, version, plan)
-	}
+	// What an interrupted build has fetched is not fetched again.
 	if _, err := d.apt(ctx, dir, "--download-only", "source", name); err != nil {
 		return "", err
 	}
-	found, err := filepath.Glob(filepath.Join(dir, name+"_"+version+".orig.tar.*"))
+	tarballs, err := filepath.Glob(filepath.Join(dir, name+"_*.orig.tar.*"))
 	if err != nil {
 		return "", err
 	}
-	for _, file := range found {
-		if !strings.HasSuffix(file, ".asc") {
+	for _, file := range tarballs {
+		if strings.HasPrefix(filepath.Base(file), name+"_"+version+".orig.") && !strings.HasSuffix(file, ".asc") {
 			return file, nil
 		}
 	}
-	return "", fmt.Errorf("no upstream tarball of %s %s in %s", name, version, dir)
+	return "", fmt.Errorf("debian %s has another %s than %s: %v", debianSuite, name, version, tarballs)
 }
 
 // What a container never reads.
