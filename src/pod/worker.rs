@@ -397,7 +397,8 @@ impl<E: Effects> Worker<E> {
             let due = changed_at + REPORT_DELAY;
             // the end is reported once everything is cleared away, if that is quick: one patch instead of two
             let clearing = self.observed.final_phase.is_some() && !plan.ended;
-            let urgent = plan.ended || (!clearing && is_urgent(base, &current));
+            let starting = self.running.keys().any(|action| matches!(action, Action::Start(_)));
+            let urgent = plan.ended || (!clearing && is_urgent(base, &current, starting));
             if due > now && !urgent {
                 return Some(due);
             }
@@ -432,11 +433,13 @@ impl ApiView {
     }
 }
 
-/// Users and controllers wait for a change of phase or readiness; the rest may wait a moment for company.
-fn is_urgent(old: &PodStatus, new: &PodStatus) -> bool {
+/// Users and controllers wait for a change of phase or readiness; the rest may wait a moment for company. So may lost
+/// readiness while a container is `starting`: a quick restart is no news to every EndpointSlice of the cluster.
+fn is_urgent(old: &PodStatus, new: &PodStatus, starting: bool) -> bool {
     let ready =
         |s: &PodStatus| s.conditions.iter().flatten().find(|c| c.type_ == "Ready").is_some_and(|c| c.status == "True");
-    (old.phase != new.phase && new.phase.as_deref() != Some("Pending")) || ready(old) != ready(new)
+    (old.phase != new.phase && new.phase.as_deref() != Some("Pending"))
+        || (ready(old) != ready(new) && (ready(new) || !starting))
 }
 
 fn earliest(times: [Option<Timestamp>; 2]) -> Option<Timestamp> {
@@ -447,4 +450,30 @@ fn earliest(times: [Option<Timestamp>; 2]) -> Option<Timestamp> {
 fn is_older(version: Option<&str>, than: Option<&str>) -> bool {
     let number = |text: Option<&str>| text.and_then(|t| t.parse::<u64>().ok());
     matches!((number(version), number(than)), (Some(a), Some(b)) if a < b)
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::PodCondition;
+
+    use super::*;
+
+    #[test]
+    fn a_quick_restart_is_no_news() {
+        let status = |phase: &str, ready: &str| PodStatus {
+            phase: Some(phase.to_owned()),
+            conditions: Some(vec![PodCondition {
+                type_: "Ready".to_owned(),
+                status: ready.to_owned(),
+                ..PodCondition::default()
+            }]),
+            ..PodStatus::default()
+        };
+        let (ready, unready) = (status("Running", "True"), status("Running", "False"));
+        assert!(is_urgent(&ready, &unready, false), "a probe says so");
+        assert!(!is_urgent(&ready, &unready, true), "it may be ready again before anybody asks");
+        assert!(is_urgent(&unready, &ready, true));
+        assert!(is_urgent(&ready, &status("Failed", "False"), true));
+        assert!(!is_urgent(&status("Pending", "False"), &status("Pending", "False"), false));
+    }
 }

@@ -16,7 +16,7 @@ pub(super) fn cpu_request(milli: u32) -> ResourceRequirements {
 pub(super) fn generate(rng: &mut Rng) -> Pod {
     let probe = |rng: &mut Rng| {
         rng.bool().then(|| Probe {
-            period_seconds: Some(rng.i32(5..40)),
+            period_seconds: Some(rng.i32(10..60)),
             failure_threshold: Some(rng.i32(1..4)),
             initial_delay_seconds: Some(rng.i32(0..5)),
             ..Probe::default()
