@@ -90,6 +90,7 @@ func TestOtherCluster(t *testing.T) {
 		}
 	})
 	t.Run("side by side", func(t *testing.T) {
+		share(t, victimName) // nobody has stopped its agent
 		for _, cluster := range []*kit.Cluster{first.Cluster, other} {
 			cluster.Command(t, "status") // fails when something is not healthy
 		}
