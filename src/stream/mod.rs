@@ -1,4 +1,4 @@
-//! Streaming protocols: SPDY/3.1, WebSocket channels, and exec, attach and port-forward on top of them.
+//! Streaming protocols: SPDY/3.1, WebSocket channels, and exec, attach and port-forward on top of them; gRPC.
 //!
 //! Nothing here knows Kubernetes types: the server hands over an upgraded connection, what the request asked
 //! for, and a way to start the process or to reach the port.
@@ -10,10 +10,12 @@
 //! | [`websocket`] | numbered channels (`v4.channel.k8s.io`, ...) and the SPDY tunnel over WebSocket |
 //! | [`mux`] | the two ends of a multiplexed stream, the same for both transports |
 //! | [`remotecommand`] | exec and attach: streams, terminal size, exit status |
+//! | [`grpc`] | gRPC over HTTP/2: unary calls and streams of messages |
 //! | [`portforward`] | pairs of data and error streams, one TCP connection each |
 //! | [`fd`] | pipes and terminals received from a shim, as async readers and writers |
 
 pub mod fd;
+pub mod grpc;
 pub mod mux;
 pub mod portforward;
 pub mod remotecommand;
