@@ -2,6 +2,7 @@
 
 pub mod amounts;
 pub mod cgroup;
+pub mod devices;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod limits;
