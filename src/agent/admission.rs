@@ -47,11 +47,17 @@ impl Node {
                 if self.is_shutting_down() {
                     return reject(REJECTED_REASON, REJECTED_MESSAGE);
                 }
+                let pod = &request.desired.pod;
+                if let Err(rejection) = self.allocate_devices(pod).await {
+                    self.release_devices(request.desired.uid()).await;
+                    return reject(&rejection.reason, &rejection.message);
+                }
                 let refused = match self.try_admit(&request.desired) {
                     Ok(()) => return Admission::Admitted,
                     Err(refused) => refused,
                 };
                 if !self.make_room(&refused.victims).await {
+                    self.release_devices(request.desired.uid()).await;
                     return reject(&refused.rejection.reason, &refused.rejection.message);
                 }
             }
@@ -121,7 +127,8 @@ impl Node {
     /// Whether the node takes a Pod beside others.
     fn fits(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<(), Rejection> {
         let object = self.object.borrow().clone();
-        let allocatable = Amounts::of(Some(&self.allocatable()));
+        let mut allocatable = Amounts::of(Some(&self.allocatable()));
+        self.devices.count_in(pod.metadata.uid.as_deref().unwrap_or_default(), &mut allocatable);
         let none = BTreeMap::new();
         let node = NodeInfo {
             name: &self.config.node_name,

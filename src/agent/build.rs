@@ -22,6 +22,7 @@ use crate::objects::{CertificateManager, CertificateOptions, ObjectCache, Servic
 use crate::pod::admission::SysctlAllowlist;
 use crate::resources::amounts::{Amounts, MEMORY};
 use crate::resources::cgroup::{CgroupConfig, CgroupError, CgroupTree, Driver};
+use crate::resources::devices::DeviceManager;
 use crate::resources::limits::{LimitPolicy, MemoryQos, SwapBehavior};
 use crate::runtime::client::ShimLauncher;
 use crate::runtime::spec::NodeTraits;
@@ -103,6 +104,8 @@ pub(super) async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc
         object: cluster.object.subscribe(),
         addresses,
         allocatable,
+        devices: Arc::new(DeviceManager::open(&config.paths.root_dir)),
+        sources_ready: AtomicBool::new(false),
         shims: Mutex::new(HashMap::new()),
         shutting_down: AtomicBool::new(false),
     }))

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use oci_spec::runtime::LinuxDevice;
 use tokio::sync::broadcast;
 
+use super::devices::Equipment;
 use super::node::{Node, blocking};
 use super::sandbox::{INSTANCE_FILE, PodDir};
 use super::{logs, termination};
@@ -55,6 +56,7 @@ struct Material {
     image: Image,
     env: BTreeMap<String, String>,
     mounts: Vec<BindMount>,
+    equipment: Equipment,
 }
 
 impl Node {
@@ -92,9 +94,15 @@ impl Node {
         self.remove_dead(request, spec.name(), &shim, facts.next_attempt).await.map_err(create_error)?;
         let context = self.field_context(&request.observed);
         let volumes = self.volumes.mount(&desired.pod, &context).await.map_err(config_error)?;
-        let env = self.environment(request, spec, &volumes).await?;
-        let mounts = mounts(spec, volumes, &env).await?;
-        let material = Material { id: new_id(), attempt: facts.next_attempt, image, env, mounts };
+        let mut equipment = tokio::select! {
+            equipment = self.equip(&desired.pod, &spec.container) => equipment?,
+            () = request.cancel.cancelled() => return Err(StartFailure::Cancelled),
+        };
+        let own = self.environment(request, spec, &volumes).await?;
+        let mounts = mounts(spec, volumes, &own).await?;
+        let mut env = std::mem::take(&mut equipment.env);
+        env.extend(own);
+        let material = Material { id: new_id(), attempt: facts.next_attempt, image, env, mounts, equipment };
         if request.cancel.is_cancelled() {
             return Err(StartFailure::Cancelled);
         }
@@ -213,7 +221,9 @@ impl Node {
             UserFiles::read(&rootfs).map_err(|error| create_error(format!("read the image's users: {error}")))?;
         let command = expand_all(spec.container.command.as_deref().unwrap_or_default(), &material.env);
         let args = expand_all(spec.container.args.as_deref().unwrap_or_default(), &material.env);
-        let env: Vec<(String, String)> = material.env.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let equipment = &material.equipment;
+        let mut env: Vec<(String, String)> = material.env.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        env.extend(equipment.cdi_env.iter().cloned());
         let hostname = fs::read_to_string(dir.hostname()).unwrap_or_default();
         let privileged = spec.container.security_context.as_ref().is_some_and(|s| s.privileged == Some(true));
         let host_devices: Vec<LinuxDevice> = if privileged {
@@ -222,6 +232,7 @@ impl Node {
             Vec::new()
         };
         let mut mounts = self.own_mounts(pod, &spec.container, dir, &container_dir);
+        mounts.extend(equipment.mounts.iter().cloned());
         // the Pod's own mounts come last: one of them may hide a file of the node's on purpose
         mounts.extend(material.mounts.iter().cloned());
         let bundle = spec::build(&ContainerInput {
@@ -238,9 +249,11 @@ impl Node {
             cgroup_path,
             hostname: hostname.trim(),
             limits: &container_limits(pod, &spec.container, self.cgroups.policy(), false),
-            devices: &[],
+            devices: &equipment.grants,
+            device_mounts: &equipment.cdi_mounts,
+            annotations: &equipment.annotations,
             host_devices: &host_devices,
-            volume_groups: &[],
+            volume_groups: &equipment.groups,
             users: &users,
             node: &self.traits,
         })

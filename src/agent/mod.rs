@@ -4,6 +4,7 @@ mod admission;
 mod allocatable;
 mod build;
 mod container;
+mod devices;
 mod endpoints;
 mod hooks;
 mod images;

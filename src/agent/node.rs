@@ -29,6 +29,7 @@ use crate::pod::effects::{ApiAnswer, Effects, Failure, Outcome, Request};
 use crate::pod::model::{Desired, Observed};
 use crate::pod::plan::Action;
 use crate::resources::cgroup::CgroupTree;
+use crate::resources::devices::DeviceManager;
 use crate::runtime::client::{Shim, ShimLauncher};
 use crate::runtime::spec::NodeTraits;
 use crate::volume::VolumeManager;
@@ -77,6 +78,10 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// What the node offers, when there is no Node object to say it.
     pub allocatable: BTreeMap<String, Quantity>,
+    /// Devices of plugins.
+    pub devices: Arc<DeviceManager>,
+    /// All sources have told which Pods they have.
+    pub(super) sources_ready: AtomicBool,
     pub(super) shims: Mutex<HashMap<String, Shim>>,
     pub(super) shutting_down: AtomicBool,
 }

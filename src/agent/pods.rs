@@ -108,6 +108,14 @@ impl Pods {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a Pod may go on: it has not ended, and was not refused.
+    #[must_use]
+    pub fn goes_on(&self, uid: &str) -> bool {
+        let refused = |observed: &Observed| matches!(observed.admission, Some(Admission::Rejected { .. }));
+        let over = |observed: &Observed| observed.final_phase.is_some() || refused(observed);
+        self.lock().get(uid).is_some_and(|entry| !over(&entry.view.observed))
+    }
+
     /// Told on every change of any Pod.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {

@@ -17,7 +17,7 @@ use super::mirrors::Mirrors;
 use super::node::{Node, NodeEffects};
 use super::shutdown::{Shutdown, ended_by_shutdown};
 use super::upkeep::{follow_pod_cidrs, keep_images, read_pod_cidrs, refresh_volumes, set_pod_cidrs};
-use super::{allocatable, leave, local, process, serving, sources};
+use super::{allocatable, devices, leave, local, process, serving, sources};
 use crate::config::Config;
 use crate::network::Network;
 use crate::node::client::Credentials;
@@ -196,6 +196,8 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     let machine = cluster.facts.borrow().machine.clone();
     allocatable::enforce(&node, &machine).await?;
     let effects = Arc::new(NodeEffects(node.clone()));
+    // before the Node is reported: resources of plugins are zero until they come back
+    devices::show(&node, &cluster.facts);
     adopt(&node, &effects).await?;
     if role == Role::Standalone {
         end_local_pods(&node).await;
@@ -214,6 +216,11 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     tokio::spawn(follow_pod_cidrs(node.clone(), cluster.object.subscribe(), cluster.health.clone()));
     tokio::spawn(refresh_volumes(node.clone()));
     tokio::spawn(allocatable::weigh_tiers(node.clone()));
+    tokio::spawn(devices::follow(node.clone(), cluster.facts.clone()));
+    if role == Role::Agent {
+        let registry = config.paths.root_dir.join("plugins_registry");
+        node.devices.serve(registry).map_err(|error| format!("open the socket for device plugins: {error}"))?;
+    }
     tokio::spawn(keep_images(node.clone(), cluster.facts.clone()));
     let shutdown = Arc::new(Shutdown::new(node.clone(), cluster.health.clone()));
     if role == Role::Agent && shutdown.is_configured() {

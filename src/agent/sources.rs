@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::sync::mpsc;
 
@@ -19,6 +20,10 @@ pub(super) async fn follow(
     mut changes: mpsc::Receiver<PodChange>,
 ) {
     let mut present: HashMap<Origin, HashSet<String>> = HashMap::new();
+    let mut awaited = HashSet::from([Origin::File, Origin::Url]);
+    if node.api.is_some() {
+        awaited.insert(Origin::Api);
+    }
     while let Some(change) = changes.recv().await {
         mirrors.take(&change);
         match change {
@@ -36,7 +41,13 @@ pub(super) async fn follow(
                 // nothing happens for a mirror: no Pod of ours has its UID
                 node.pods.remove(&key.uid).await;
             }
-            PodChange::Synced(origin) => node.pods.retain(origin, present.entry(origin).or_default()).await,
+            PodChange::Synced(origin) => {
+                node.pods.retain(origin, present.entry(origin).or_default()).await;
+                awaited.remove(&origin);
+                if awaited.is_empty() {
+                    node.sources_ready.store(true, Ordering::Release);
+                }
+            }
         }
     }
 }

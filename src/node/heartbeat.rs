@@ -118,7 +118,7 @@ impl NodeKeeper {
             let (facts, health) = (self.facts.borrow().clone(), self.health.borrow().clone());
             let (initial, events) = register::initial_node(&self.config, &facts, &health, now());
             tracing::info!(node = self.config.node_name, "attempting to register node");
-            match register::try_register(&nodes, &initial, &self.config).await {
+            match register::try_register(&nodes, &initial, &self.config, facts.devices.made_anew).await {
                 Ok(result) => {
                     tracing::info!(node = self.config.node_name, "successfully registered node");
                     let created = matches!(result, Registered::Created(_));

@@ -4,12 +4,14 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, NodeSpec, NodeStatus, Taint};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 
 use super::status::{self, NodeFacts, NodeHealth, architecture};
 use crate::config::Config;
+use crate::resources::devices::is_extended_resource;
 
 /// Marks nodes whose volumes the controller attaches.
 const CONTROLLER_ATTACH: &str = "volumes.kubernetes.io/controller-managed-attach-detach";
@@ -85,7 +87,7 @@ pub(super) fn annotate(node: &mut Node, config: &Config) {
 
 /// The existing Node with our default labels, annotation and huge pages as they are now; extended resources are
 /// zero until their plugins come back.
-fn reconcile(existing: &Node, initial: &Node, config: &Config) -> Node {
+fn reconcile(existing: &Node, initial: &Node, config: &Config, made_anew: bool) -> Node {
     let mut node = existing.clone();
     let labels = node.metadata.labels.get_or_insert_default();
     for key in DEFAULT_LABELS {
@@ -100,6 +102,9 @@ fn reconcile(existing: &Node, initial: &Node, config: &Config) -> Node {
         let ours = ours.unwrap_or_default();
         let amounts = theirs.get_or_insert_with(|| ours.clone());
         amounts.retain(|name, _| !name.starts_with("hugepages-") || ours.contains_key(name));
+        for (_, amount) in amounts.iter_mut().filter(|(name, _)| made_anew && is_extended_resource(name)) {
+            *amount = Quantity("0".to_owned());
+        }
         for (name, amount) in ours {
             if name.starts_with("hugepages-") || name.contains('/') {
                 amounts.insert(name, amount);
@@ -129,7 +134,15 @@ impl Registered {
 }
 
 /// One attempt. Every error is worth another try after a pause: the API server may be away, our certificate new.
-pub async fn try_register(nodes: &Api<Node>, initial: &Node, config: &Config) -> kube::Result<Registered> {
+///
+/// `made_anew`: this machine remembers no device plugins, so that extended resources of an existing Node are of another
+/// life, and zero.
+pub async fn try_register(
+    nodes: &Api<Node>,
+    initial: &Node,
+    config: &Config,
+    made_anew: bool,
+) -> kube::Result<Registered> {
     let refused = match nodes.create(&PostParams::default(), initial).await {
         Ok(node) => return Ok(Registered::Created(Box::new(node))),
         // whoever may not create Nodes may still own one
@@ -141,7 +154,7 @@ pub async fn try_register(nodes: &Api<Node>, initial: &Node, config: &Config) ->
         Err(error) if is(&error, 404) && is(&refused, 403) => return Err(refused),
         other => other?,
     };
-    let wanted = reconcile(&existing, initial, config);
+    let wanted = reconcile(&existing, initial, config, made_anew);
     let node = match status::patch(&existing, &wanted) {
         Some(patch) => nodes.patch_status(&config.node_name, &PatchParams::default(), &Patch::Strategic(patch)).await?,
         None => existing,
@@ -181,7 +194,7 @@ mod tests {
         config.node_ips = vec!["10.0.0.7".parse().unwrap()];
         config.node_labels = [("pool".to_owned(), "a".to_owned())].into();
         config.kubelet.provider_id = "kind://x".into();
-        let result = try_register(&nodes, &initial(&config), &config).await.unwrap();
+        let result = try_register(&nodes, &initial(&config), &config, false).await.unwrap();
         assert!(matches!(result, Registered::Created(_)));
         let node = api.get(PATH).unwrap();
         assert_eq!(node["metadata"]["labels"]["kubernetes.io/hostname"], "node");
@@ -192,6 +205,19 @@ mod tests {
         assert_eq!(node["spec"]["providerID"], "kind://x");
         assert_eq!(node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"], 10250);
         assert_eq!(node["status"]["nodeInfo"]["kubeletVersion"], "v1.37.2");
+    }
+
+    #[test]
+    fn devices_of_another_life_are_zero() {
+        let config = Config::for_tests(std::path::Path::new("/nowhere"));
+        let mut existing = initial(&config);
+        let amounts = existing.status.as_mut().unwrap().capacity.as_mut().unwrap();
+        amounts.insert("r.test/x".to_owned(), Quantity("4".to_owned()));
+        let listed = |made_anew| {
+            let node = reconcile(&existing, &initial(&config), &config, made_anew);
+            node.status.unwrap().capacity.unwrap()["r.test/x"].0.clone()
+        };
+        assert_eq!((listed(false).as_str(), listed(true).as_str()), ("4", "0"));
     }
 
     #[tokio::test]
@@ -205,7 +231,7 @@ mod tests {
                 "status": {"capacity": {"hugepages-1Gi": "1Gi", "cpu": "3"}, "allocatable": {"hugepages-1Gi": "1Gi"}}
             }),
         );
-        let node = try_register(&nodes, &initial(&config), &config).await.unwrap().into_node();
+        let node = try_register(&nodes, &initial(&config), &config, false).await.unwrap().into_node();
         let labels = node.metadata.labels.unwrap();
         assert_eq!((labels["kubernetes.io/arch"].as_str(), labels["mine"].as_str()), (architecture(), "1"));
         let capacity = node.status.unwrap().capacity.unwrap();
@@ -218,7 +244,7 @@ mod tests {
         );
         // a second time there is nothing to do
         let patches = api.count("PATCH", "/api/v1/nodes/node/status");
-        try_register(&nodes, &initial(&config), &config).await.unwrap();
+        try_register(&nodes, &initial(&config), &config, false).await.unwrap();
         assert_eq!(api.count("PATCH", "/api/v1/nodes/node/status"), patches);
     }
 
@@ -226,8 +252,11 @@ mod tests {
     async fn forbidden_to_create_but_not_to_own() {
         let (api, nodes, config) = setup();
         api.on(|seen| (seen.method == "POST").then(|| failure(403, "Forbidden")));
-        assert!(is(&try_register(&nodes, &initial(&config), &config).await.unwrap_err(), 403));
+        assert!(is(&try_register(&nodes, &initial(&config), &config, false).await.unwrap_err(), 403));
         api.put(PATH, json!({"metadata": {"name": "node"}}));
-        assert!(matches!(try_register(&nodes, &initial(&config), &config).await.unwrap(), Registered::Existing(_)));
+        assert!(matches!(
+            try_register(&nodes, &initial(&config), &config, false).await.unwrap(),
+            Registered::Existing(_)
+        ));
     }
 }

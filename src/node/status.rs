@@ -51,6 +51,9 @@ pub struct DeviceResources {
     pub allocatable: BTreeMap<String, Quantity>,
     /// Resources whose plugin has gone; reported as 0.
     pub removed: Vec<String>,
+    /// This machine remembers no plugins: what a Node that is there lists is of another life
+    /// (`ShouldResetExtendedResourceCapacity`).
+    pub made_anew: bool,
 }
 
 /// How the node does. Errors are texts for the Ready condition's message.

@@ -18,6 +18,7 @@ use super::resize::Resize;
 use super::resources::CpuMemory;
 use super::rules::MIN_GRACE_SECONDS_AFTER_TERM;
 use crate::resources::amounts;
+use crate::resources::devices::DeviceHealth;
 
 /// Which of a Pod's lists a container stands in; decides order, restarts and its part in the phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -234,6 +235,8 @@ pub struct Observed {
     pub final_phase: Option<Phase>,
     /// Resources: what was set aside, and changes of it.
     pub resize: Resize,
+    /// Devices of plugins that containers have, by name, and whether they work.
+    pub devices: BTreeMap<String, DeviceHealth>,
 }
 
 /// `status.phase`.

@@ -2,10 +2,12 @@
 //!
 //! Source: `generateAPIPodStatus`, `getPhase` and `convertToAPIContainerStatuses` in `pkg/kubelet/kubelet_pods.go`.
 
+use std::collections::BTreeMap;
+
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
-    ContainerUser, HostIP, LinuxContainerUser, PodIP, PodStatus, VolumeMountStatus,
+    ContainerUser, HostIP, LinuxContainerUser, PodIP, PodStatus, ResourceHealth, ResourceStatus, VolumeMountStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -137,6 +139,7 @@ fn container_status(desired: &Desired, observed: &Observed, spec: &ContainerSpec
             linux: Some(LinuxContainerUser { uid, gid, supplemental_groups: Some(groups) }),
         }),
         volume_mounts: volume_mounts(spec),
+        allocated_resources_status: device_status(observed, spec),
         ..ContainerStatus::default()
     }
 }
@@ -145,6 +148,21 @@ fn container_status(desired: &Desired, observed: &Observed, spec: &ContainerSpec
 #[must_use]
 pub fn container_id(id: &str) -> String {
     format!("gantry://{id}")
+}
+
+/// How a main container's devices do (KEP-4680). kubelet says it of no other kind.
+fn device_status(observed: &Observed, spec: &ContainerSpec) -> Option<Vec<ResourceStatus>> {
+    let devices = observed.devices.get(spec.name()).filter(|_| spec.kind == ContainerKind::Main)?;
+    let health = |(id, healthy): (&String, &bool)| ResourceHealth {
+        resource_id: id.clone(),
+        health: Some(if *healthy { "Healthy" } else { "Unhealthy" }.to_owned()),
+        message: None,
+    };
+    let status = |(name, devices): (&String, &BTreeMap<String, bool>)| ResourceStatus {
+        name: name.clone(),
+        resources: Some(devices.iter().map(health).collect()),
+    };
+    Some(devices.iter().map(status).collect())
 }
 
 fn volume_mounts(spec: &ContainerSpec) -> Option<Vec<VolumeMountStatus>> {
@@ -382,6 +400,18 @@ mod tests {
         assert_eq!(shown(at(11)), ("ErrImagePull".to_owned(), "no such image".to_owned()));
         let message = "Back-off pulling image \"image:1\": ErrImagePull: no such image".to_owned();
         assert_eq!(shown(at(13)), ("ImagePullBackOff".to_owned(), message));
+    }
+
+    #[test]
+    fn devices_are_shown_with_their_health() {
+        let mut observed = crashed(1, 20);
+        let devices = [("1".to_owned(), true), ("2".to_owned(), false)].into();
+        observed.devices.insert("c".to_owned(), [("r.test/x".to_owned(), devices)].into());
+        let status = status(&desired("Always"), &observed, &PodStatus::default(), at(6));
+        let shown = status.container_statuses.unwrap()[0].allocated_resources_status.clone().unwrap();
+        let text = serde_json::to_string(&shown).unwrap();
+        let expected = r#"[{"name":"r.test/x","resources":[{"health":"Healthy","resourceID":"1"},{"health":"Unhealthy","resourceID":"2"}]}]"#;
+        assert_eq!(text, expected);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use super::plan::{Action, Plan, plan, settle};
 use super::resize;
 use super::rules::grace_seconds;
 use super::status::status;
+use crate::resources::devices::DeviceHealth;
 
 /// Status changes that nobody waits for are held back this long, so that a quick start is one patch.
 const REPORT_DELAY: SignedDuration = SignedDuration::from_millis(120);
@@ -47,6 +48,8 @@ pub enum Message {
     Reported(Box<PodStatus>, ApiAnswer),
     /// A deletion is over.
     Deleted(ApiAnswer),
+    /// Devices of the Pod's containers have changed: which they are, and whether they work.
+    Devices(BTreeMap<String, DeviceHealth>),
     /// Other Pods have freed resources: a resize that waits for room may have it.
     Room,
     /// The agent stops: leave everything as it is.
@@ -244,6 +247,7 @@ impl<E: Effects> Worker<E> {
             Message::Desired(desired) => self.take_desired(*desired),
             Message::Removed => self.removed = true,
             Message::Room => self.room = true,
+            Message::Devices(devices) => self.observed.devices = devices,
             Message::Runtime(event) => self.take_runtime(event, now),
             Message::Terminate { verdict, grace } => {
                 let termination = self

@@ -17,17 +17,19 @@ mod resources;
 pub mod seccomp;
 mod user;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, SecurityContext};
 use oci_spec::image::ImageConfiguration;
-use oci_spec::runtime::{Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Root, Spec};
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Mount, Root, Spec,
+};
 
 use crate::resources::limits::Limits;
 use crate::shim::bundle::{BindMount, Setup};
 
-pub use devices::{DeviceGrant, host_devices};
+pub use devices::{DeviceGrant, DeviceGrantError, device_at, host_devices};
 pub use error::SpecError;
 pub use node::NodeTraits;
 pub use process::{ExecOptions, exec_process};
@@ -63,8 +65,12 @@ pub struct ContainerInput<'a> {
     pub hostname: &'a str,
     /// Kernel limits ([`crate::resources::limits::container_limits`]).
     pub limits: &'a Limits,
-    /// Devices that plugins have allocated.
+    /// Devices that plugins have allocated, or CDI describes.
     pub devices: &'a [DeviceGrant],
+    /// Mounts that CDI describes.
+    pub device_mounts: &'a [Mount],
+    /// Annotations that plugins ask for.
+    pub annotations: &'a BTreeMap<String, String>,
     /// The node's devices ([`host_devices`]), all of which a privileged container gets; unused for others.
     pub host_devices: &'a [LinuxDevice],
     /// Supplementary groups that volumes ask for (annotation `pv.beta.kubernetes.io/gid`).
@@ -115,14 +121,16 @@ pub fn build(input: &ContainerInput<'_>) -> Result<Bundle, SpecError> {
     root.set_readonly(Some(security.read_only_root));
     spec.set_version("1.2.0".to_owned());
     spec.set_root(Some(root));
-    spec.set_mounts(Some(mounts::default_mounts(input, pod, &security)?));
+    let mut mounts = mounts::default_mounts(input, pod, &security)?;
+    mounts.extend_from_slice(input.device_mounts);
+    spec.set_mounts(Some(mounts));
     spec.set_process(Some(process::process(input, &security, &identity, &wanted)?));
     spec.set_hostname(None);
     if input.namespaces.uts.is_none() && !host(pod.host_network) {
         spec.set_hostname(Some(input.hostname.to_owned()));
     }
     spec.set_annotations(Some(annotations(input)));
-    spec.set_linux(Some(linux(input, pod, &security)?));
+    spec.set_linux(Some(linux(input, pod, &security, &identity)?));
 
     let setup = Setup {
         capabilities: capabilities::sets(&wanted),
@@ -195,7 +203,7 @@ impl<'a> Security<'a> {
 fn annotations(input: &ContainerInput<'_>) -> HashMap<String, String> {
     let meta = &input.pod.metadata;
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    [
+    let own = [
         ("io.kubernetes.cri.container-name", input.container.name.clone()),
         ("io.kubernetes.cri.container-type", "container".to_owned()),
         ("io.kubernetes.cri.sandbox-name", text(&meta.name)),
@@ -203,11 +211,16 @@ fn annotations(input: &ContainerInput<'_>) -> HashMap<String, String> {
         ("io.kubernetes.cri.sandbox-uid", text(&meta.uid)),
     ]
     .into_iter()
-    .map(|(key, value)| (key.to_owned(), value))
-    .collect()
+    .map(|(key, value)| (key.to_owned(), value));
+    input.annotations.clone().into_iter().chain(own).collect()
 }
 
-fn linux(input: &ContainerInput<'_>, pod: &PodSpec, security: &Security<'_>) -> Result<Linux, SpecError> {
+fn linux(
+    input: &ContainerInput<'_>,
+    pod: &PodSpec,
+    security: &Security<'_>,
+    identity: &Identity,
+) -> Result<Linux, SpecError> {
     let mut linux = Linux::default();
     let hidden = !security.privileged && !security.unmasked_proc;
     let paths = |list: &[String]| Some(if hidden { list.to_vec() } else { Vec::new() });
@@ -215,7 +228,7 @@ fn linux(input: &ContainerInput<'_>, pod: &PodSpec, security: &Security<'_>) -> 
     linux.set_readonly_paths(paths(&input.node.read_only_paths));
     linux.set_cgroups_path(Some(PathBuf::from(input.cgroup_path)));
     linux.set_namespaces(Some(namespaces(input, pod, security)));
-    linux.set_devices(Some(devices::nodes(input, security)));
+    linux.set_devices(Some(devices::nodes(input, security, identity)));
     let mut resources = resources::to_oci(input.limits);
     resources.set_devices(Some(devices::rules(input, security)));
     linux.set_resources(Some(resources));

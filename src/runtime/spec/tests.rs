@@ -23,6 +23,7 @@ struct Fixture {
     limits: Limits,
     users: UserFiles,
     node: NodeTraits,
+    devices: Vec<DeviceGrant>,
 }
 
 impl Fixture {
@@ -54,6 +55,7 @@ impl Fixture {
             limits: Limits::default(),
             users: UserFiles { passwd: PASSWD.into(), group: GROUP.into() },
             node,
+            devices: Vec::new(),
         }
     }
 
@@ -94,7 +96,9 @@ impl Fixture {
             cgroup_path: "/kubepods/podu/c",
             hostname: "p",
             limits: &self.limits,
-            devices: &[],
+            devices: &self.devices,
+            device_mounts: &[],
+            annotations: &BTreeMap::from([("vendor.test/a".to_owned(), "b".to_owned())]),
             host_devices: &[LinuxDevice::default()],
             volume_groups: &[],
             users: &self.users,
