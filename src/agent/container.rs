@@ -233,6 +233,15 @@ impl Node {
         };
         let mut mounts = self.own_mounts(pod, &spec.container, dir, &container_dir);
         mounts.extend(equipment.mounts.iter().cloned());
+        let elsewhere: Vec<_> = equipment.grants.iter().filter(|grant| !grant.is_in_dev()).collect();
+        let nodes = writable.join("devices");
+        mounts.extend(elsewhere.iter().enumerate().map(|(index, grant)| BindMount {
+            source: nodes.join(index.to_string()),
+            sub_path: None,
+            destination: grant.device.path().clone(),
+            access: Access::ReadWrite,
+            propagation: crate::shim::bundle::Propagation::Private,
+        }));
         // the Pod's own mounts come last: one of them may hide a file of the node's on purpose
         mounts.extend(material.mounts.iter().cloned());
         let bundle = spec::build(&ContainerInput {
@@ -259,6 +268,12 @@ impl Node {
         })
         .map_err(|error| Failure::new(error.reason(), error.to_string()))?;
         let written = || -> Result<(), std::io::Error> {
+            if !elsewhere.is_empty() {
+                fs::create_dir_all(&nodes)?;
+            }
+            for (index, grant) in elsewhere.iter().enumerate() {
+                grant.make_at(&nodes.join(index.to_string()), bundle.identity.uid, bundle.identity.gid)?;
+            }
             fs::write(container_dir.join("config.json"), serde_json::to_vec(&bundle.spec)?)?;
             fs::write(container_dir.join(SETUP_FILE), serde_json::to_vec(&bundle.setup)?)?;
             logs::link(&self.config.paths.container_logs_dir, pod, spec.name(), &material.id, log_path)

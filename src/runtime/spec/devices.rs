@@ -45,8 +45,8 @@ pub enum DeviceGrantError {
         /// As given.
         permissions: String,
     },
-    /// A place where no device can be made.
-    #[error("{0:?}: devices of a container have to be below /dev on this node")]
+    /// No place for a device.
+    #[error("{0:?}: a device's path in the container has to be absolute, without ..")]
     Place(PathBuf),
 }
 
@@ -54,17 +54,45 @@ impl DeviceGrant {
     /// A device at its path in the container.
     ///
     /// # Errors
-    /// Permissions that are none, and a path that is not below `/dev`.
+    /// Permissions that are none, and a path that is not absolute.
     pub fn new(device: LinuxDevice, permissions: &str) -> Result<Self, DeviceGrantError> {
         let path = device.path().clone();
         if permissions.is_empty() || permissions.bytes().any(|byte| !matches!(byte, b'r' | b'w' | b'm')) {
             return Err(DeviceGrantError::Permissions { path, permissions: permissions.to_owned() });
         }
-        let is_inside = path.strip_prefix("/dev").is_ok_and(|rest| rest.components().next().is_some());
-        if !is_inside || path.components().any(|part| part == std::path::Component::ParentDir) {
+        if !path.is_absolute()
+            || path.parent().is_none()
+            || path.components().any(|part| part == std::path::Component::ParentDir)
+        {
             return Err(DeviceGrantError::Place(path));
         }
         Ok(Self { device, access: permissions.to_owned() })
+    }
+
+    /// Below `/dev`, where libcontainer makes devices, and only there; elsewhere a node has to be mounted.
+    #[must_use]
+    pub fn is_in_dev(&self) -> bool {
+        self.device.path().starts_with("/dev")
+    }
+
+    /// Makes the device at a path of the node, to be mounted into the container of that user and group.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn make_at(&self, path: &Path, uid: u32, gid: u32) -> io::Result<()> {
+        use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+        let typ = match self.device.typ() {
+            LinuxDeviceType::B => FileType::BlockDevice,
+            LinuxDeviceType::P => FileType::Fifo,
+            _ => FileType::CharacterDevice,
+        };
+        let number = |value: i64| u32::try_from(value).map_err(io::Error::other);
+        let device = makedev(number(self.device.major())?, number(self.device.minor())?);
+        let mode = self.device.file_mode().unwrap_or(0o666);
+        mknodat(CWD, path, typ, Mode::from_raw_mode(mode), device)?;
+        // whatever the umask has taken
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        std::os::unix::fs::chown(path, self.device.uid().or(Some(uid)), self.device.gid().or(Some(gid)))
     }
 
     /// The device at a path of the node, or all devices of a directory there, as containerd takes them. Reads the
@@ -134,7 +162,7 @@ pub(super) fn nodes(input: &ContainerInput<'_>, security: &Security<'_>, identit
         device.set_gid(device.gid().or(Some(identity.gid)));
         device
     };
-    let mut nodes: Vec<LinuxDevice> = input.devices.iter().map(own).collect();
+    let mut nodes: Vec<LinuxDevice> = input.devices.iter().filter(|grant| grant.is_in_dev()).map(own).collect();
     if security.privileged {
         let is_new = |device: &&LinuxDevice| !input.devices.iter().any(|grant| grant.device.path() == device.path());
         nodes.extend(input.host_devices.iter().filter(is_new).cloned());
@@ -221,7 +249,8 @@ mod tests {
         assert_eq!(zero.access, "rw");
         assert!(matches!(grant("/dev/zero", "/dev/x", "rwx"), Err(DeviceGrantError::Permissions { .. })));
         assert!(matches!(grant("/dev/zero", "/dev/x", ""), Err(DeviceGrantError::Permissions { .. })));
-        assert!(matches!(grant("/dev/zero", "/tmp/x", "r"), Err(DeviceGrantError::Place(_))));
+        assert!(!grant("/dev/zero", "/tmp/x", "r").unwrap()[0].is_in_dev());
+        assert!(matches!(grant("/dev/zero", "x", "r"), Err(DeviceGrantError::Place(_))));
         assert!(matches!(grant("/dev/zero", "/dev/../x", "r"), Err(DeviceGrantError::Place(_))));
         assert!(matches!(grant("/etc/passwd", "/dev/x", "r"), Err(DeviceGrantError::NotADevice(_))));
         assert!(matches!(grant("/dev/none", "/dev/x", "r"), Err(DeviceGrantError::Io { .. })));
