@@ -5,17 +5,21 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apiresource "k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
+	podresourcesapi "k8s.io/kubelet/pkg/apis/podresources/v1"
 
 	"gantry.local/e2e/internal/kit"
 )
@@ -120,6 +124,49 @@ func TestDevicePlugin(t *testing.T) {
 		return health(p, "main") == resource+" d2 Healthy", health(p, "main")
 	})
 
+	t.Run("monitoring agents are told", func(t *testing.T) {
+		conn, err := grpc.NewClient("unix://"+filepath.Join(e.NodeDir(victim), "kubelet", "pod-resources", "kubelet.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		lister := podresourcesapi.NewPodResourcesListerClient(conn)
+		list, err := lister.List(e.Ctx, &podresourcesapi.ListPodResourcesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var listed string
+		for _, pod := range list.PodResources {
+			if pod.Namespace == e.Namespace && pod.Name == "one" {
+				listed = fmt.Sprint(pod.Containers[0].Name, pod.Containers[0].Devices[0].ResourceName, pod.Containers[0].Devices[0].DeviceIds)
+			}
+		}
+		if want := fmt.Sprint("main", resource, []string{"d2"}); listed != want {
+			t.Errorf("List: %s, not %s", listed, want)
+		}
+		one, err := lister.Get(e.Ctx, &podresourcesapi.GetPodResourcesRequest{PodName: "one", PodNamespace: e.Namespace})
+		if err != nil || len(one.PodResources.Containers[0].Devices) != 1 {
+			t.Errorf("Get: %v, %v", one, err)
+		}
+		if _, err := lister.Get(e.Ctx, &podresourcesapi.GetPodResourcesRequest{PodName: "none", PodNamespace: e.Namespace}); err == nil || !strings.Contains(err.Error(), "pod none in namespace "+e.Namespace+" not found") {
+			t.Errorf("Get of a Pod that is not there: %v", err)
+		}
+		all, err := lister.GetAllocatableResources(e.Ctx, &podresourcesapi.AllocatableResourcesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var working []string
+		for _, device := range all.Devices {
+			if device.ResourceName == resource {
+				working = append(working, device.DeviceIds...)
+			}
+		}
+		slices.Sort(working)
+		if !slices.Equal(working, []string{"d1", "d2"}) {
+			t.Errorf("GetAllocatableResources: %v", working)
+		}
+	})
+
 	t.Run("devices are exclusive", func(t *testing.T) {
 		e := e.In(t)
 		e.Create(e.Pod("forced", "busybox:1.37", kit.Forever, kit.On(victimName), device("2")))
@@ -186,7 +233,7 @@ func TestDevicePlugin(t *testing.T) {
 			t.Fatal(err)
 		}
 		spec := `{"cdiVersion": "0.6.0", "kind": "gantry.test/cdi", "devices": [{"name": "x", "containerEdits": {
-			"env": ["FROM_CDI=yes"], "deviceNodes": [{"path": "/dev/from-cdi", "hostPath": "/dev/zero"}],
+			"env": ["FROM_CDI=yes"], "deviceNodes": [{"path": "/dev/from-cdi", "hostPath": "/dev/zero"}, {"path": "/opt/elsewhere", "hostPath": "/dev/zero"}],
 			"mounts": [{"hostPath": "` + p.shared + `", "containerPath": "/cdi", "options": ["ro", "bind"]}]}}]}`
 		if err := os.WriteFile(file, []byte(spec), 0o644); err != nil {
 			t.Fatal(err)
@@ -195,8 +242,8 @@ func TestDevicePlugin(t *testing.T) {
 		p.cdi = "gantry.test/cdi=x"
 		e.Create(e.Pod("cdi", "busybox:1.37", kit.Forever, kit.On(victimName), device("1")))
 		e.WaitReady(60*time.Second, "cdi")
-		seen := e.Exec("cdi", "main", "sh", "-c", "printenv FROM_CDI; stat -c %t:%T /dev/from-cdi; head -c 3 /dev/from-cdi | wc -c; cat /cdi/file; touch /cdi/x 2>/dev/null || echo read-only")
-		if want := "yes\n1:5\n3\ngrantedread-only\n"; seen != want {
+		seen := e.Exec("cdi", "main", "sh", "-c", "printenv FROM_CDI; stat -c %t:%T /dev/from-cdi; head -c 3 /dev/from-cdi | wc -c; stat -c %t:%T /opt/elsewhere; head -c 3 /opt/elsewhere | wc -c; cat /cdi/file; touch /cdi/x 2>/dev/null || echo read-only")
+		if want := "yes\n1:5\n3\n1:5\n3\ngrantedread-only\n"; seen != want {
 			t.Errorf("in the container: %q, not %q", seen, want)
 		}
 		e.Delete("cdi")
@@ -299,6 +346,10 @@ func TestSampleDevicePlugin(t *testing.T) {
 	e.BuildTools(t, "sample-device-plugin")
 	program := filepath.Join(kit.Repository(), "build", "bin", "sample-device-plugin")
 	tmp := t.TempDir()
+	if err := os.MkdirAll("/var/run/cdi", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove("/var/run/cdi/example.com.json") })
 	pod := e.Pod("sample", "busybox:1.37", []string{"/sample-device-plugin"}, func(p *corev1.Pod) {
 		mount := func(name, host, path string) {
 			p.Spec.Volumes = append(p.Spec.Volumes, corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: host}}})
@@ -307,6 +358,8 @@ func TestSampleDevicePlugin(t *testing.T) {
 		mount("program", program, "/sample-device-plugin")
 		mount("plugins", filepath.Join(e.NodeDir(victim), "kubelet", "device-plugins"), "/var/lib/kubelet/device-plugins")
 		mount("tmp", tmp, "/tmp")
+		mount("cdi", "/var/run/cdi", "/var/run/cdi")
+		p.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "CDI_ENABLED", Value: "1"}}
 		p.Spec.NodeSelector = map[string]string{"kubernetes.io/hostname": victimName}
 	})
 	labels := &metav1.LabelSelector{MatchLabels: pod.Labels}
@@ -328,6 +381,12 @@ func TestSampleDevicePlugin(t *testing.T) {
 		t.Errorf("in the container: %q", seen)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(seen) })
+	// And names a CDI device, whose node it wants beside.
+	id := strings.TrimPrefix(seen, "/tmp/")
+	described := e.Exec("user", "main", "sh", "-c", "printenv CDI_DEVICE; stat -c '%F %t' /tmp/CDI-"+id)
+	if want := "CDI-" + id + "\nblock special file 1\n"; described != want {
+		t.Errorf("in the container: %q, not %q", described, want)
+	}
 	e.WaitPod(user.Name, 20*time.Second, "the device is shown", func(p *corev1.Pod) (bool, string) {
 		return health(p, "main") == fmt.Sprintf("%s %s Healthy", resource, filepath.Base(seen)), health(p, "main")
 	})

@@ -145,6 +145,21 @@ fn resources(totals: Totals, made_anew: bool) -> DeviceResources {
     }
 }
 
+/// Opens the sockets for device plugins, and for those who want to know about devices.
+pub(super) fn serve(node: &Arc<Node>) -> Result<(), String> {
+    let root = &node.config.paths.root_dir;
+    let opened = node.devices.serve(root.join("plugins_registry"));
+    opened.map_err(|error| format!("open the socket for device plugins: {error}"))?;
+    let pods = Arc::downgrade(&node.pods);
+    let known = move |active: bool| {
+        let Some(pods) = pods.upgrade() else { return Vec::new() };
+        let views = pods.views().into_iter().filter(|view| !active || pods.goes_on(view.desired.uid()));
+        views.map(|view| view.desired.pod.clone()).collect()
+    };
+    let opened = node.devices.tell_pod_resources(&root.join("pod-resources"), known);
+    opened.map_err(|error| format!("open the socket for Pods' resources: {error}"))
+}
+
 /// Puts the devices into the Node's status; returns when to look again without being told.
 pub(super) fn show(node: &Node, facts: &watch::Sender<Arc<NodeFacts>>) -> Option<tokio::time::Instant> {
     let (totals, next) = node.devices.totals();

@@ -218,8 +218,7 @@ async fn start(config: Arc<Config>, role: Role) -> Result<Running, String> {
     tokio::spawn(allocatable::weigh_tiers(node.clone()));
     tokio::spawn(devices::follow(node.clone(), cluster.facts.clone()));
     if role == Role::Agent {
-        let registry = config.paths.root_dir.join("plugins_registry");
-        node.devices.serve(registry).map_err(|error| format!("open the socket for device plugins: {error}"))?;
+        devices::serve(&node)?;
     }
     tokio::spawn(keep_images(node.clone(), cluster.facts.clone()));
     let shutdown = Arc::new(Shutdown::new(node.clone(), cluster.health.clone()));

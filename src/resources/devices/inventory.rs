@@ -45,6 +45,15 @@ struct Device {
     numa: Vec<i64>,
 }
 
+/// A device and where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DevicePlace {
+    pub resource: String,
+    pub id: String,
+    /// NUMA nodes.
+    pub numa: Vec<i64>,
+}
+
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Inventory {
@@ -180,6 +189,31 @@ impl Inventory {
         self.holdings.insert(pod, container, resource, Grant { devices, response });
     }
 
+    /// The devices that work.
+    pub fn allocatable(&self) -> Vec<DevicePlace> {
+        let places = self.offers.iter().flat_map(|(resource, offer)| {
+            let known = self.known.get(resource);
+            offer.healthy.iter().map(move |id| DevicePlace {
+                resource: resource.clone(),
+                id: id.clone(),
+                numa: known.and_then(|known| known.get(id)).map(|device| device.numa.clone()).unwrap_or_default(),
+            })
+        });
+        places.collect()
+    }
+
+    /// The devices of a container.
+    pub fn devices_of(&self, pod: &str, container: &str) -> Vec<DevicePlace> {
+        let grants = self.holdings.of_container(pod, container).into_iter().flatten();
+        let places = grants.flat_map(|(resource, grant)| {
+            grant.ids().into_iter().map(|id| {
+                let on = grant.devices.iter().filter(|(node, ids)| **node != NO_NUMA && ids.contains(&id));
+                DevicePlace { resource: resource.clone(), numa: on.map(|(node, _)| *node).collect(), id }
+            })
+        });
+        places.collect()
+    }
+
     /// How the devices of a Pod's containers do. One that was not listed since the start is taken for healthy, as
     /// kubelet does (`UpdateAllocatedResourcesStatus`).
     pub fn health(&self, pod: &str) -> BTreeMap<String, DeviceHealth> {
@@ -272,6 +306,10 @@ mod tests {
         let place = |node: i64, id: &str| (node, vec![id.to_owned()]);
         assert_eq!(grant.devices, [place(-1, "2"), place(0, "1"), place(1, "1")].into());
         assert_eq!(grant.ids(), ids(&["1", "2"]));
+        let places = inventory.devices_of("p", "c");
+        let numa = |id: &str| places.iter().find(|place| place.id == id).map(|place| place.numa.as_slice());
+        assert_eq!((numa("1"), numa("2")), (Some(&[0, 1][..]), Some(&[][..])));
+        assert_eq!(inventory.allocatable(), places, "all work, and the container has all");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use super::checkpoint;
 use super::choose::{Choice, Question};
 use super::error::{DeviceError, RegisterError};
 use super::holdings::{Grant, Holdings, Reusable};
-use super::inventory::{DeviceHealth, Inventory, Totals};
+use super::inventory::{DeviceHealth, DevicePlace, Inventory, Totals};
 use super::options::ContainerDevices;
 use crate::resources::amounts::{self, Amounts};
 use crate::stream::grpc::{Channel, Status};
@@ -141,6 +141,16 @@ impl DeviceManager {
             (pod, health)
         })
         .collect()
+    }
+
+    /// The devices that work.
+    pub(super) fn allocatable(&self) -> Vec<DevicePlace> {
+        self.lock().inventory.allocatable()
+    }
+
+    /// The devices of a container.
+    pub(super) fn devices_of(&self, pod: &str, container: &str) -> Vec<DevicePlace> {
+        self.lock().inventory.devices_of(pod, container)
     }
 
     /// Raises what the node offers to what is in use, for a Pod that has its devices already: a plugin that is away

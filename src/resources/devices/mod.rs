@@ -12,6 +12,7 @@
 //! | `inventory`, `holdings` | what is offered, and what is allocated |
 //! | `choose` | which devices a container gets |
 //! | `options` | what a container gets with them |
+//! | `pod_resources` | tells monitoring agents who has what |
 //! | `checkpoint` | allocations on disk, in kubelet's format |
 //! | `api` | the messages |
 //!
@@ -27,14 +28,17 @@ mod inventory;
 mod manager;
 mod name;
 mod options;
+mod pod_resources;
 mod registration;
 mod registry;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Pod;
 
 pub use api::{PluginDevice, PluginMount};
 pub use error::DeviceError;
@@ -52,5 +56,18 @@ impl DeviceManager {
         registration::serve(self)?;
         tokio::spawn(registry::follow(self.clone(), registry_dir));
         Ok(())
+    }
+
+    /// Tells monitoring agents on a socket in `dir` who has which devices. `pods` are the node's Pods: those that go on,
+    /// or, asked for false, all that are known.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn tell_pod_resources(
+        self: &Arc<Self>,
+        dir: &Path,
+        pods: impl Fn(bool) -> Vec<Arc<Pod>> + Send + Sync + 'static,
+    ) -> io::Result<()> {
+        pod_resources::serve(self, dir, Arc::new(pods))
     }
 }

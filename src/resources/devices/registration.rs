@@ -30,12 +30,21 @@ pub(super) fn serve(manager: &Arc<DeviceManager>) -> io::Result<()> {
     let dir = manager.dir();
     DirBuilder::new().recursive(true).mode(0o750).create(dir)?;
     clean(dir)?;
-    let listener = UnixListener::bind(dir.join(SOCKET))?;
     let served = manager.clone();
-    let handler = Arc::new(move |path: String, message: Bytes| {
+    listen(&dir.join(SOCKET), move |path: String, message: Bytes| {
         let manager = served.clone();
         async move { answer(&manager, &path, message).await }
-    });
+    })
+}
+
+/// Serves calls on a socket, for ever.
+pub(super) fn listen<H, F>(socket: &Path, handler: H) -> io::Result<()>
+where
+    H: Fn(String, Bytes) -> F + Send + Sync + 'static,
+    F: Future<Output = Result<Bytes, Status>> + Send + 'static,
+{
+    let listener = UnixListener::bind(socket)?;
+    let handler = Arc::new(handler);
     tokio::spawn(async move {
         loop {
             match listener.accept().await {
@@ -44,7 +53,7 @@ pub(super) fn serve(manager: &Arc<DeviceManager>) -> io::Result<()> {
                 }
                 Err(error) => {
                     // no descriptor is free: whoever has them has to let go first
-                    tracing::error!(%error, "device plugins cannot register");
+                    tracing::error!(%error, "a connection to one of the node's gRPC sockets is not taken");
                     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
                 }
             }
