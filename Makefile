@@ -19,6 +19,10 @@ build: setup ## the release binary, target/release/gantry
 	cargo build --release --locked
 	@hack/install-binary $(BINARY)
 
+.PHONY: cross
+cross: ## the release binary for arm64, built on another machine
+	@hack/cross
+
 .PHONY: demo
 demo: ## a control plane, a Gantry node and the tutorial, told step by step
 	@hack/demo

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -35,7 +36,7 @@ func TestNodeObject(t *testing.T) {
 		return node
 	}
 	node := get()
-	labels := map[string]string{"kubernetes.io/hostname": victimName, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"}
+	labels := map[string]string{"kubernetes.io/hostname": victimName, "kubernetes.io/os": "linux", "kubernetes.io/arch": runtime.GOARCH}
 	for label, want := range labels {
 		if got := node.Labels[label]; got != want {
 			t.Errorf("label %s=%q, want %q", label, got, want)
@@ -105,7 +106,7 @@ func TestNodeObject(t *testing.T) {
 	e.Command(t, "start-agent", "--node", number)
 	e.Eventually(20*time.Second, "the node's labels are right again", func() (bool, string) {
 		now := get()
-		return now.Labels["kubernetes.io/os"] == "linux" && now.Labels["kubernetes.io/arch"] == "amd64", fmt.Sprint(now.Labels)
+		return now.Labels["kubernetes.io/os"] == "linux" && now.Labels["kubernetes.io/arch"] == runtime.GOARCH, fmt.Sprint(now.Labels)
 	})
 	after := get()
 	if after.UID != node.UID || after.Labels["example.org/mine"] != "kept" || after.Spec.PodCIDR != node.Spec.PodCIDR {

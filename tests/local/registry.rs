@@ -42,8 +42,9 @@ const CHUNK: usize = 64 << 10;
 /// A pause after each 64 KiB makes pulls slow enough to be looked at.
 pub fn start(pause: Option<Duration>) -> String {
     let layer = busybox_layer();
+    let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
     let config = json!({
-        "architecture": "amd64", "os": "linux",
+        "architecture": architecture, "os": "linux",
         "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
         "rootfs": {"type": "layers", "diff_ids": [digest(&layer)]},
     });

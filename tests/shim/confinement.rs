@@ -22,7 +22,7 @@ fn mask(names: &[&str]) -> String {
 fn profile() -> serde_json::Value {
     json!({
         "defaultAction": "SCMP_ACT_ALLOW",
-        "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        "architectures": ["SCMP_ARCH_NATIVE"],
         "syscalls": [
             {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95},
             {"names": ["kill"], "action": "SCMP_ACT_ERRNO",

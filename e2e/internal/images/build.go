@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"time"
 
@@ -122,7 +123,7 @@ func assemble(name string, config v1.Config, parts ...*layer) (v1.Image, error) 
 		return nil, err
 	}
 	file = file.DeepCopy()
-	file.Architecture, file.OS, file.Created = "amd64", "linux", v1.Time{Time: time.Unix(0, 0).UTC()}
+	file.Architecture, file.OS, file.Created = runtime.GOARCH, "linux", v1.Time{Time: time.Unix(0, 0).UTC()}
 	config.Env = append([]string{searchPath}, config.Env...)
 	file.Config = config
 	if image, err = mutate.ConfigFile(image, file); err != nil {

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"strings"
 )
 
@@ -59,6 +60,8 @@ func (d *debian) apt(ctx context.Context, workDir string, args ...string) ([]byt
 		"Dir::State": d.dir, "Dir::State::lists": d.dir + "/lists", "Dir::State::status": d.dir + "/status",
 		"Dir::Cache": d.dir, "Dir::Cache::archives": d.dir + "/archives",
 		"Acquire::Languages": "none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+		// Whatever others dpkg was told of.
+		"APT::Architectures":      runtime.GOARCH,
 		"APT::Install-Recommends": "false", "APT::Sandbox::User": "root", "Acquire::Retries": "3",
 	}
 	command := []string{"-qq", "-y"}

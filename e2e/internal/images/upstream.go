@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -193,7 +194,7 @@ func (b *upstreamBuilder) fakeRegistry(ctx context.Context) (*layer, error) {
 		return nil, err
 	}
 	index := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{
-		Add: image, Descriptor: v1.Descriptor{Platform: &v1.Platform{Architecture: "amd64", OS: "linux"}},
+		Add: image, Descriptor: v1.Descriptor{Platform: &v1.Platform{Architecture: runtime.GOARCH, OS: "linux"}},
 	})
 	indexDigest, err := index.Digest()
 	if err != nil {

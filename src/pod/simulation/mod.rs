@@ -28,13 +28,15 @@ fn crashes_change_no_end() {
     for_seeds(300, history::live_twice);
 }
 
-/// One history for each of so many seeds, or for `GANTRY_SIM_SEED` alone.
+/// One history for each of so many seeds (`GANTRY_SIM_HISTORIES` at most), or for `GANTRY_SIM_SEED` alone.
 fn for_seeds<F: Future<Output = ()> + Send + 'static>(count: u64, history: fn(u64) -> F) {
     if let Ok(seed) = std::env::var("GANTRY_SIM_SEED") {
         let seed = seed.parse().unwrap();
         run(seed..seed + 1, history);
         return;
     }
+    let most = std::env::var("GANTRY_SIM_HISTORIES").map_or(count, |most| most.parse().unwrap());
+    let count = count.min(most);
     let base = fastrand::u64(..) >> 16;
     println!("simulation seeds {base}..{}", base + count);
     // each batch is a clock of its own, so they can run side by side
