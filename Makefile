@@ -23,6 +23,11 @@ build: setup ## the release binary, target/release/gantry
 cross: ## the release binary for arm64, built on another machine
 	@hack/cross
 
+.PHONY: sbom
+sbom: setup ## what the program is made of, as CycloneDX: build/gantry.cdx.json
+	@hack/setup --image
+	@hack/sbom build/gantry.cdx.json
+
 .PHONY: demo
 demo: ## a control plane, a Gantry node and the tutorial, told step by step
 	@hack/demo
