@@ -23,6 +23,10 @@ build: setup ## the release binary, target/release/gantry
 cross: ## the release binary for arm64, built on another machine
 	@hack/cross
 
+.PHONY: image
+image: ## the container image of the Dockerfile, without a Docker engine (root): build/image
+	@hack/image
+
 .PHONY: sbom
 sbom: setup ## what the program is made of, as CycloneDX: build/gantry.cdx.json
 	@hack/setup --image
