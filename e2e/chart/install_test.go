@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -25,10 +26,34 @@ import (
 	"gantry.local/e2e/internal/kit"
 )
 
-// push makes the image that the Dockerfile describes of the binary under test:
-// one file and authorities, on nothing.
-func push(t *testing.T, e *kit.Env, binary, image string) {
+// push puts the image of the node into the cluster's registry: the one that
+// hack/image has built, if GANTRY_IMAGE names it, as hack/test has it.
+func push(t *testing.T, e *kit.Env, image string) {
 	t.Helper()
+	var made v1.Image
+	if path := os.Getenv("GANTRY_IMAGE"); path != "" {
+		t.Logf("the image is %s", path)
+		made = kit.Archive(t, path)
+	} else {
+		made = assemble(t)
+	}
+	ref, err := name.ParseReference(e.Image(image), name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, made, remote.WithContext(e.Ctx)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// assemble makes what the Dockerfile describes of the binary under test: one
+// file and authorities, on nothing. That is quicker than to build it inside.
+func assemble(t *testing.T) v1.Image {
+	t.Helper()
+	binary := os.Getenv("GANTRY_BIN")
+	if binary == "" {
+		binary = filepath.Join(kit.Repository(), "target/release/gantry")
+	}
 	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
 		var buffer bytes.Buffer
 		w := tar.NewWriter(&buffer)
@@ -61,18 +86,12 @@ func push(t *testing.T, e *kit.Env, binary, image string) {
 		t.Fatal(err)
 	}
 	if made, err = mutate.ConfigFile(made, &v1.ConfigFile{
-		Architecture: "amd64", OS: "linux", RootFS: v1.RootFS{Type: "layers", DiffIDs: diffIDs(t, layer)},
+		Architecture: runtime.GOARCH, OS: "linux", RootFS: v1.RootFS{Type: "layers", DiffIDs: diffIDs(t, layer)},
 		Config: v1.Config{Entrypoint: []string{"/usr/bin/gantry"}, Cmd: []string{"agent"}},
 	}); err != nil {
 		t.Fatal(err)
 	}
-	ref, err := name.ParseReference(e.Image(image), name.Insecure)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := remote.Write(ref, made, remote.WithContext(e.Ctx)); err != nil {
-		t.Fatal(err)
-	}
+	return made
 }
 
 func diffIDs(t *testing.T, layer v1.Layer) []v1.Hash {
@@ -89,11 +108,7 @@ func diffIDs(t *testing.T, layer v1.Layer) []v1.Hash {
 // only then. The only node of the cluster is Gantry: this is Gantry in Gantry.
 func TestInstall(t *testing.T) {
 	e := kit.New(t)
-	binary := os.Getenv("GANTRY_BIN")
-	if binary == "" {
-		binary = filepath.Join(kit.Repository(), "target/release/gantry")
-	}
-	push(t, e, binary, "gantry:test")
+	push(t, e, "gantry:test")
 	// The first Pod of a node makes what all of them share.
 	e.Create(e.Pod("first", "busybox:1.37", kit.Forever, kit.On("node-1")))
 	e.WaitReady(time.Minute, "first")
