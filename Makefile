@@ -48,6 +48,10 @@ lint: ## formatting, clippy, cargo-deny, go vet, shellcheck
 unit: ## unit and property tests
 	@hack/test unit
 
+.PHONY: cross-test
+cross-test: ## the unit tests of the arm64 program, under emulation
+	@hack/test cross
+
 .PHONY: integration
 integration: ## tests of single parts on the real kernel (root)
 	@hack/test integration
