@@ -57,14 +57,20 @@ pub(super) async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc
         Some(api) => (ObjectCache::new(api.client()), TokenManager::new(api.client()), ServiceCache::new(api.client())),
         None => (ObjectCache::standalone(), TokenManager::standalone(), ServiceCache::standalone()),
     };
-    let certificates = cluster.api.as_ref().map_or_else(CertificateManager::standalone, |api| {
-        let events = cluster.events.clone();
-        let warn: WarningSink = Box::new(move |pod, reason, message| {
-            events.pod_event(pod, crate::node::EventType::Warning, reason, message, None);
-        });
-        let object = cluster.object.subscribe();
-        CertificateManager::new(api.client(), &config.node_name, object, warn, CertificateOptions::default())
-    });
+    let enabled = |gate| config.feature_gates.enabled(gate);
+    let objects = if enabled("ClusterTrustBundleProjection") { objects } else { objects.without_trust_bundles() };
+    let certificates = match &cluster.api {
+        _ if !enabled("PodCertificateRequest") => CertificateManager::off(),
+        None => CertificateManager::standalone(),
+        Some(api) => {
+            let events = cluster.events.clone();
+            let warn: WarningSink = Box::new(move |pod, reason, message| {
+                events.pod_event(pod, crate::node::EventType::Warning, reason, message, None);
+            });
+            let object = cluster.object.subscribe();
+            CertificateManager::new(api.client(), &config.node_name, object, warn, CertificateOptions::default())
+        }
+    };
     let objects = Arc::new(objects);
     let volumes =
         VolumeManager::new(VolumeConfig { root_dir: config.paths.root_dir.clone() }, objects.clone(), Arc::new(tokens))

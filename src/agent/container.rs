@@ -18,7 +18,6 @@ use crate::image::{Image, ImageError, Keyring, Reference, mount_rootfs, unmount_
 use crate::pod::effects::{Failure, Outcome, Request};
 use crate::pod::env::{EnvSources, expand_all, make_environment};
 use crate::pod::model::{ContainerSpec, Desired, Exit, Instance};
-use crate::pod::resources::CpuMemory;
 use crate::resources::limits::container_limits;
 use crate::runtime::client::{CreateRequest, Shim, ShimError, ShimEvent};
 use crate::runtime::spec::{self, ContainerInput, Namespaces, UserFiles};
@@ -134,7 +133,7 @@ impl Node {
             stop: None,
             exit: None,
             user: None,
-            resources: Some(CpuMemory::of(&desired.pod, &spec.container)),
+            resources: Some(spec.size),
             resizing: false,
         };
         let (node, pod, owned_spec, draft) = (self.clone(), desired.pod.clone(), spec.clone(), instance.clone());

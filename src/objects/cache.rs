@@ -122,8 +122,17 @@ impl ObjectCache {
     #[must_use]
     pub fn with_options(client: Option<Client>, options: CacheOptions) -> Self {
         let changes = broadcast::channel(CHANGES).0;
-        let trust_bundles = TrustBundles::new(client.clone(), options.deadline, changes.clone());
+        let bundles = client.clone().ok_or(TrustBundleError::Standalone);
+        let trust_bundles = TrustBundles::new(bundles, options.deadline, changes.clone());
         Self { client, options, registry: Mutex::default(), changes, trust_bundles }
+    }
+
+    /// Refuses ClusterTrustBundles: what the feature gate `ClusterTrustBundleProjection` set to false asks for.
+    #[must_use]
+    pub fn without_trust_bundles(mut self) -> Self {
+        self.trust_bundles =
+            TrustBundles::new(Err(TrustBundleError::Gate), self.options.deadline, self.changes.clone());
+        self
     }
 
     /// Keeps what `pod` refers to readable until [`Self::unregister_pod`]; call it again when the Pod changes.

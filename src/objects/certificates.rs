@@ -53,6 +53,11 @@ pub enum CertificateError {
         "podCertificate projection needs an API server and this node has none; put a key and a certificate into a hostPath volume"
     )]
     Standalone,
+    /// The node is told not to ask for any.
+    #[error(
+        "podCertificate projection is off on this node: feature gate PodCertificateRequest is false; set it to true"
+    )]
+    Gate,
 }
 
 impl CertificateError {
@@ -147,7 +152,8 @@ pub(super) struct Shared {
 /// The certificates of this node's Pods.
 pub struct CertificateManager {
     /// None without an API server.
-    shared: Option<Arc<Shared>>,
+    /// Or why there are none.
+    shared: Result<Arc<Shared>, CertificateError>,
     entries: Mutex<HashMap<Key, Entry>>,
     changes: broadcast::Sender<String>,
 }
@@ -171,13 +177,23 @@ impl CertificateManager {
         let changes = broadcast::channel(CHANGES).0;
         let (node_name, sender) = (node_name.to_owned(), changes.clone());
         let shared = Shared { client, node_name, node, warn, options, keys: Semaphore::new(1), changes: sender };
-        Self { shared: Some(Arc::new(shared)), entries: Mutex::default(), changes }
+        Self { shared: Ok(Arc::new(shared)), entries: Mutex::default(), changes }
     }
 
     /// A manager without an API server: every certificate is [`CertificateError::Standalone`].
     #[must_use]
     pub fn standalone() -> Self {
-        Self { shared: None, entries: Mutex::default(), changes: broadcast::channel(1).0 }
+        Self::refusing(CertificateError::Standalone)
+    }
+
+    /// A manager that refuses: what the feature gate `PodCertificateRequest` set to false asks for.
+    #[must_use]
+    pub fn off() -> Self {
+        Self::refusing(CertificateError::Gate)
+    }
+
+    fn refusing(why: CertificateError) -> Self {
+        Self { shared: Err(why), entries: Mutex::default(), changes: broadcast::channel(1).0 }
     }
 
     /// The certificate of source number `index` of the Pod's volume `volume`, kept fresh from now on; waits up to
@@ -193,7 +209,7 @@ impl CertificateManager {
         source: &PodCertificateProjection,
         deadline: Duration,
     ) -> Result<Arc<Credential>, CertificateError> {
-        let shared = self.shared.as_ref().ok_or(CertificateError::Standalone)?;
+        let shared = self.shared.as_ref().map_err(Clone::clone)?;
         let pod_uid = pod.metadata.uid.clone().unwrap_or_default();
         let key = Key { pod_uid, volume: volume.to_owned(), source: index };
         let mut state = {

@@ -195,4 +195,5 @@ async fn errors_say_what_is_missing() {
     assert!(error.to_string().contains("unknown key type \"DSA\""), "{error}");
     let alone = CertificateManager::standalone();
     assert_eq!(get(&alone, LONG).await, Err(CertificateError::Standalone));
+    assert_eq!(get(&CertificateManager::off(), LONG).await, Err(CertificateError::Gate));
 }

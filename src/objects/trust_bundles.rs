@@ -67,13 +67,18 @@ pub enum TrustBundleError {
         "ClusterTrustBundle projection is not supported in static kubelet mode: this node has no API server; put the certificates into a hostPath volume"
     )]
     Standalone,
+    /// The node is told not to show any.
+    #[error(
+        "ClusterTrustBundle projection is off on this node: feature gate ClusterTrustBundleProjection is false; set it to true"
+    )]
+    Gate,
 }
 
 impl TrustBundleError {
     /// Whether only another manifest helps.
     #[must_use]
     pub fn is_terminal(&self) -> bool {
-        matches!(self, Self::Selector(_) | Self::SelectorLength(_) | Self::Unnamed | Self::Standalone)
+        matches!(self, Self::Selector(_) | Self::SelectorLength(_) | Self::Unnamed | Self::Standalone | Self::Gate)
     }
 }
 
@@ -165,7 +170,8 @@ impl Drop for Watch {
 
 /// The ClusterTrustBundles that volumes of this node show.
 pub(super) struct TrustBundles {
-    client: Option<Client>,
+    /// Or why there are none.
+    client: Result<Client, TrustBundleError>,
     deadline: Duration,
     limit: usize,
     users: Mutex<Users>,
@@ -181,7 +187,11 @@ impl fmt::Debug for TrustBundles {
 }
 
 impl TrustBundles {
-    pub fn new(client: Option<Client>, deadline: Duration, changes: broadcast::Sender<Change>) -> Self {
+    pub fn new(
+        client: Result<Client, TrustBundleError>,
+        deadline: Duration,
+        changes: broadcast::Sender<Change>,
+    ) -> Self {
         let (users, order) = (Mutex::default(), RandomState::new());
         Self { client, deadline, limit: MAX_BYTES, users, changes, order }
     }
@@ -191,7 +201,7 @@ impl TrustBundles {
         if sources(pod).next().is_none() {
             return self.unregister_pod(uid);
         }
-        let Some(client) = &self.client else { return };
+        let Ok(client) = &self.client else { return };
         let mut users = lock(&self.users);
         users.pods.insert(uid.to_owned());
         users.watch.get_or_insert_with(|| {
@@ -215,8 +225,10 @@ impl TrustBundles {
             let users = lock(&self.users);
             match &users.watch {
                 Some(watch) => watch.state.subscribe(),
-                None if self.client.is_none() => return Err(TrustBundleError::Standalone),
-                None => return Err(TrustBundleError::NotSynced("no registered Pod needs it".to_owned())),
+                None => {
+                    let unregistered = TrustBundleError::NotSynced("no registered Pod needs it".to_owned());
+                    return Err(self.client.as_ref().err().cloned().unwrap_or(unregistered));
+                }
             }
         };
         let read = state.wait_for(|state| matches!(state, State::Read(_)));

@@ -154,6 +154,9 @@ async fn errors_say_what_the_server_said_and_heal() {
     let alone = ObjectCache::standalone();
     alone.register_pod(&pod("p1", &named("a")));
     assert_eq!(read(&alone, &named("a")).await, Err(TrustBundleError::Standalone));
+    let off = ObjectCache::new(api.client()).without_trust_bundles();
+    off.register_pod(&pod("p1", &named("a")));
+    assert_eq!(read(&off, &named("a")).await, Err(TrustBundleError::Gate));
 }
 
 #[test]
@@ -164,7 +167,7 @@ fn what_does_not_fit_is_not_kept() {
     bundles.apply(object("a", 600), 1000);
     bundles.apply(object("b", 600), 1000);
     assert!(bundles.by_name["a"].anchors.is_some() && bundles.by_name["b"].anchors.is_none());
-    let manager = TrustBundles::new(None, Duration::ZERO, broadcast::channel(1).0);
+    let manager = TrustBundles::new(Err(TrustBundleError::Standalone), Duration::ZERO, broadcast::channel(1).0);
     assert_eq!(manager.select(&bundles, &named("b")), Err(TrustBundleError::TooMuch { name: "b".into() }));
     bundles.apply(object("a", 10), 1000);
     bundles.apply(object("b", 600), 1000);

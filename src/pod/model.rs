@@ -42,9 +42,15 @@ pub struct ContainerSpec {
     pub container: Container,
     /// `targetContainerName` of an ephemeral container.
     pub target: Option<String>,
+    /// What it is to have; every step of the Pod compares it.
+    pub size: CpuMemory,
 }
 
 impl ContainerSpec {
+    fn new(pod: &Pod, kind: ContainerKind, container: Container, target: Option<String>) -> Self {
+        Self { kind, size: CpuMemory::of(pod, &container), container, target }
+    }
+
     /// The container's name, unique in its Pod.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -100,21 +106,15 @@ impl Desired {
                 } else {
                     ContainerKind::Init
                 };
-                containers.push(ContainerSpec { kind, container: container.clone(), target: None });
+                containers.push(ContainerSpec::new(&pod, kind, container.clone(), None));
             }
             for container in &spec.containers {
-                containers.push(ContainerSpec {
-                    kind: ContainerKind::Main,
-                    container: container.clone(),
-                    target: None,
-                });
+                containers.push(ContainerSpec::new(&pod, ContainerKind::Main, container.clone(), None));
             }
             for container in spec.ephemeral_containers.iter().flatten() {
-                containers.push(ContainerSpec {
-                    kind: ContainerKind::Ephemeral,
-                    container: from_ephemeral(container),
-                    target: container.target_container_name.clone(),
-                });
+                let target = container.target_container_name.clone();
+                let container = from_ephemeral(container);
+                containers.push(ContainerSpec::new(&pod, ContainerKind::Ephemeral, container, target));
             }
         }
         let is_static = pod

@@ -14,7 +14,6 @@ use super::model::{
     Verdict,
 };
 use super::probes::ProbeKind;
-use super::resources::CpuMemory;
 use super::restart_all;
 use super::rules::{active_deadline, finished, grace_seconds, next_try, phase_when_ended, restarts, restarts_all};
 
@@ -196,10 +195,9 @@ fn settle_restarts(desired: &Desired, observed: &mut Observed, now: Timestamp) {
         if spec.kind == ContainerKind::Ephemeral {
             continue;
         }
-        let wants = || CpuMemory::of(&desired.pod, &spec.container);
         let message = if instance.requested_image != spec.image() {
             format!("Container {} definition changed, will be restarted", spec.name())
-        } else if instance.resources.is_some_and(|has| super::resize::needs_restart(spec, &has, &wants())) {
+        } else if instance.resources.is_some_and(|has| super::resize::needs_restart(spec, &has)) {
             format!("Container {} resize requires restart", spec.name())
         } else {
             continue;

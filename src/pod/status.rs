@@ -30,15 +30,19 @@ pub(super) const RESTARTING_ALL_MESSAGE: &str = "The container is removed becaus
 #[must_use]
 pub fn status(desired: &Desired, observed: &Observed, base: &PodStatus, now: Timestamp) -> PodStatus {
     let phase = phase(desired, observed);
+    let rejected = match &observed.admission {
+        Some(Admission::Rejected { reason, message }) => Some((reason, message)),
+        _ => None,
+    };
     let mut status = PodStatus {
         phase: Some(phase.as_str().to_owned()),
         start_time: observed.start_time.map(api_time),
         observed_generation: resize::observed_generation(desired, observed, base.observed_generation),
         // the API server has written it for all but static Pods
         qos_class: base.qos_class.clone().or_else(|| Some(compute_qos_class(&desired.pod).as_str().to_owned())),
-        ..base.clone()
+        ..if rejected.is_some() { base.clone() } else { kept(base) }
     };
-    if let Some(Admission::Rejected { reason, message }) = &observed.admission {
+    if let Some((reason, message)) = rejected {
         status.reason = Some(reason.clone());
         status.message = Some(message.clone());
         return status;
@@ -70,6 +74,47 @@ pub fn status(desired: &Desired, observed: &Observed, base: &PodStatus, now: Tim
     status.resources = Some(resize::status::pod_resources(desired, observed, phase));
     status.conditions = Some(conditions(desired, observed, &status, base, phase, now));
     status
+}
+
+/// What of the status of a Pod that was let in stays as it is. Large parts are not: they are made anew.
+fn kept(base: &PodStatus) -> PodStatus {
+    let PodStatus {
+        extended_resource_claim_status,
+        host_ip,
+        host_ips,
+        node_allocatable_resource_claim_statuses,
+        nominated_node_name,
+        pod_ip,
+        pod_ips,
+        resize,
+        resource_claim_statuses,
+        volume_health,
+        allocated_resources: _,
+        conditions: _,
+        container_statuses: _,
+        ephemeral_container_statuses: _,
+        init_container_statuses: _,
+        message: _,
+        observed_generation: _,
+        phase: _,
+        qos_class: _,
+        reason: _,
+        resources: _,
+        start_time: _,
+    } = base;
+    PodStatus {
+        extended_resource_claim_status: extended_resource_claim_status.clone(),
+        host_ip: host_ip.clone(),
+        host_ips: host_ips.clone(),
+        node_allocatable_resource_claim_statuses: node_allocatable_resource_claim_statuses.clone(),
+        nominated_node_name: nominated_node_name.clone(),
+        pod_ip: pod_ip.clone(),
+        pod_ips: pod_ips.clone(),
+        resize: resize.clone(),
+        resource_claim_statuses: resource_claim_statuses.clone(),
+        volume_health: volume_health.clone(),
+        ..PodStatus::default()
+    }
 }
 
 fn sorted(mut list: Vec<ContainerStatus>) -> Vec<ContainerStatus> {

@@ -186,12 +186,12 @@ pub fn observed_generation(desired: &Desired, observed: &Observed, reported: Opt
 
 /// Which of a container's resources call for a new instance when they change (`resizePolicy`).
 #[must_use]
-pub fn needs_restart(spec: &ContainerSpec, has: &CpuMemory, wants: &CpuMemory) -> bool {
+pub fn needs_restart(spec: &ContainerSpec, has: &CpuMemory) -> bool {
     let restarts = |name: &str| {
         let mut policies = spec.container.resize_policy.iter().flatten();
         policies.any(|policy| policy.resource_name == name && policy.restart_policy == "RestartContainer")
     };
-    has.cpu_differs(wants) && restarts("cpu") || has.memory_differs(wants) && restarts("memory")
+    has.cpu_differs(&spec.size) && restarts("cpu") || has.memory_differs(&spec.size) && restarts("memory")
 }
 
 /// A container that runs and goes on running, with what it has and what it is to have.
@@ -203,7 +203,7 @@ fn running<'a>(
     resizable.filter_map(|spec| {
         let instance = observed.containers.get(spec.name())?.current.as_ref()?;
         let has = instance.resources.filter(|_| instance.is_running() && instance.stop.is_none())?;
-        Some((spec, instance, has, CpuMemory::of(&desired.pod, &spec.container)))
+        Some((spec, instance, has, spec.size))
     })
 }
 
@@ -227,9 +227,8 @@ fn is_due(desired: &Desired, observed: &Observed) -> bool {
 fn is_restarting(desired: &Desired, observed: &Observed) -> bool {
     desired.containers.iter().any(|spec| {
         let Some(facts) = observed.containers.get(spec.name()) else { return false };
-        let wants = || CpuMemory::of(&desired.pod, &spec.container);
         match &facts.current {
-            Some(instance) => instance.is_running() && instance.resources.is_some_and(|has| has != wants()),
+            Some(instance) => instance.is_running() && instance.resources.is_some_and(|has| has != spec.size),
             None => facts.next_attempt > 0 && facts.waiting.is_none(),
         }
     })

@@ -32,7 +32,7 @@ fn wanting(containers: Vec<Container>, generation: i64) -> Desired {
 
 fn running_instance(desired: &Desired, name: &str) -> Instance {
     let spec = desired.container(name).unwrap();
-    let resources = Some(CpuMemory::of(&desired.pod, &spec.container));
+    let resources = Some(spec.size);
     Instance { resources, ..instance(&format!("{name}-0"), 0, at(0)) }
 }
 

@@ -14,7 +14,7 @@ use crate::pod::effects::{ApiAnswer, Effects, Failure, Outcome, Request};
 use crate::pod::model::{Admission, Desired, Exit, Instance, Observed};
 use crate::pod::plan::Action;
 use crate::pod::resize::{self, Actuation, Decision, Verdict};
-use crate::pod::resources::{CpuMemory, Resources};
+use crate::pod::resources::Resources;
 use crate::pod::worker::Message;
 
 /// One life of the agent.
@@ -66,7 +66,7 @@ impl Life {
             stop: None,
             exit: None,
             user: None,
-            resources: request.desired.container(name).map(|c| CpuMemory::of(&request.desired.pod, &c.container)),
+            resources: request.desired.container(name).map(|c| c.size),
             resizing: false,
         };
         world.state().sizes.insert(instance.id.clone(), instance.resources.unwrap());

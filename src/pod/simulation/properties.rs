@@ -32,7 +32,7 @@ fn sizes<'a>(state: &'a State, pod: &Pod) -> Vec<(&'a str, CpuMemory, CpuMemory)
     let desired = Desired::new(Arc::new(pod.clone()));
     let running = state.containers.iter().filter(|c| c.instance.started_at.is_some() && c.instance.exit.is_none());
     let sized = running.filter_map(|c| {
-        let wants = CpuMemory::of(pod, &desired.container(&c.name)?.container);
+        let wants = desired.container(&c.name)?.size;
         Some((c.name.as_str(), state.sizes[&c.instance.id], wants))
     });
     sized.collect()
