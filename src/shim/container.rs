@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rustix::fs::OFlags;
@@ -54,12 +54,57 @@ pub(super) struct Starting {
 pub(super) struct Output {
     pub(super) stream: Stream,
     pub(super) source: Watched,
+    pub(super) pace: Pace,
     splitter: Splitter,
 }
 
 impl Output {
     pub(super) fn new(stream: Stream, source: Watched) -> Output {
-        Output { stream, source, splitter: Splitter::default() }
+        Output { stream, source, pace: Pace::default(), splitter: Splitter::default() }
+    }
+}
+
+/// A stream that has been read twice within so long is busy.
+const BUSY: Duration = Duration::from_millis(4);
+/// How long a busy stream is left alone: what comes meanwhile is read at once.
+const PAUSE: Duration = Duration::from_millis(1);
+/// What a busy stream's pipe holds: more than comes within a pause.
+pub(super) const BUSY_PIPE: usize = 1 << 20;
+/// What the others hold, a pipe's default. All pipes of a user together are limited (`pipe-user-pages-soft`).
+const IDLE_PIPE: usize = 64 << 10;
+
+/// When a stream is read. A program that writes lines one by one would wake the shim for each: twice the processor
+/// time for both. So the first line is read at once, and while more follow, a millisecond's lines together.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    read_at: Option<Instant>,
+    /// The stream is not polled until then.
+    pub(super) resume_at: Option<Instant>,
+    large: bool,
+}
+
+impl Pace {
+    /// Notes that the pipe `fd` has been read; true if it is to be left alone until [`Self::resume_at`].
+    pub(super) fn read(&mut self, fd: impl AsFd, now: Instant) -> bool {
+        let busy = self.read_at.is_some_and(|last| now.duration_since(last) <= BUSY);
+        self.read_at = Some(now);
+        if busy {
+            self.resume_at = Some(now + PAUSE);
+            if !self.large {
+                // best effort: a smaller one makes the writer wait sooner
+                let _refused = rustix::pipe::fcntl_setpipe_size(fd, BUSY_PIPE);
+                self.large = true;
+            }
+        }
+        busy
+    }
+
+    /// Gives back what a busy stream needed.
+    pub(super) fn rest(&mut self, fd: impl AsFd) {
+        if std::mem::take(&mut self.large) {
+            // best effort: refused as long as it holds more
+            let _refused = rustix::pipe::fcntl_setpipe_size(fd, IDLE_PIPE);
+        }
     }
 }
 
@@ -203,4 +248,27 @@ impl<'a> RecordWriter<'a> {
 pub(super) fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(&fd)?;
     Ok(rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::pipe::fcntl_getpipe_size;
+
+    use super::*;
+
+    #[test]
+    fn only_a_busy_stream_is_left_alone() -> io::Result<()> {
+        let (reader, _writer) = rustix::pipe::pipe()?;
+        let mut pace = Pace::default();
+        let start = Instant::now();
+        assert!(!pace.read(&reader, start), "the first line is not delayed, nor is the next");
+        assert!(!pace.read(&reader, start + BUSY * 2));
+        assert_eq!((pace.resume_at, fcntl_getpipe_size(&reader)?), (None, IDLE_PIPE));
+        let again = start + BUSY * 3;
+        assert!(pace.read(&reader, again));
+        assert_eq!((pace.resume_at, fcntl_getpipe_size(&reader)?), (Some(again + PAUSE), BUSY_PIPE));
+        pace.rest(&reader);
+        assert_eq!(fcntl_getpipe_size(&reader)?, IDLE_PIPE);
+        Ok(())
+    }
 }

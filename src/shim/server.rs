@@ -101,6 +101,25 @@ fn io_error(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> ErrorBody
     move |error| ErrorBody { kind: ErrorKind::Io, message: format!("{what}: {error}") }
 }
 
+type Sources = BTreeMap<u64, Source>;
+
+/// Puts a descriptor back into the poll set, unless it is there.
+fn poll(epoll: &Epoll, sources: &mut Sources, watched: &mut Watched, flags: EpollFlags, token: u64, source: Source) {
+    if watched.token.is_none() && epoll.add(&watched.fd, EpollEvent::new(flags, token)).is_ok() {
+        sources.insert(token, source);
+        watched.token = Some(token);
+    }
+}
+
+/// Takes a descriptor out of the poll set.
+fn unpoll(epoll: &Epoll, sources: &mut Sources, watched: &mut Watched) {
+    if let Some(token) = watched.token.take() {
+        sources.remove(&token);
+        // Explicitly: a copy of the descriptor in a forked child would keep the registration alive.
+        let _gone_already = epoll.delete(&watched.fd);
+    }
+}
+
 /// The shim of one Pod.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -109,7 +128,7 @@ pub(super) struct Server {
     signals: SignalFd,
     listener: UnixListener,
     hierarchies: Hierarchies,
-    sources: BTreeMap<u64, Source>,
+    sources: Sources,
     next_key: u64,
     connections: BTreeMap<u64, Connection>,
     containers: BTreeMap<Rc<str>, Container>,
@@ -213,21 +232,12 @@ impl Server {
     }
 
     fn rewatch(&mut self, watched: &mut Watched, flags: EpollFlags, source: Source) {
-        if watched.token.is_none() {
-            let token = self.key();
-            if self.epoll.add(&watched.fd, EpollEvent::new(flags, token)).is_ok() {
-                self.sources.insert(token, source);
-                watched.token = Some(token);
-            }
-        }
+        let token = self.key();
+        poll(&self.epoll, &mut self.sources, watched, flags, token, source);
     }
 
     fn unwatch(&mut self, watched: &mut Watched) {
-        if let Some(token) = watched.token.take() {
-            self.sources.remove(&token);
-            // Explicitly: a copy of the descriptor in a forked child would keep the registration alive.
-            let _gone_already = self.epoll.delete(&watched.fd);
-        }
+        unpoll(&self.epoll, &mut self.sources, watched);
     }
 
     fn close(&mut self, mut watched: Watched) {
@@ -242,7 +252,8 @@ impl Server {
                 Phase::Draining { until, .. } => Some(*until),
                 _ => None,
             };
-            [draining, container.starting.as_ref().map(|s| s.until)].into_iter().flatten()
+            let paused = container.outputs.iter().filter_map(|output| output.pace.resume_at);
+            [draining, container.starting.as_ref().map(|s| s.until)].into_iter().flatten().chain(paused)
         });
         let execs = self.execs.values().filter_map(|exec| exec.until);
         let removals = self.removals.iter().map(|removal| removal.again);
@@ -256,9 +267,13 @@ impl Server {
 
     fn deadlines(&mut self) {
         let now = Instant::now();
+        self.resume_outputs(now);
         if self.scratch_used.is_some_and(|used| now >= used + BUFFER_IDLE) {
             self.scratch.release();
             self.scratch_used = None;
+            for output in self.containers.values_mut().flat_map(|container| &mut container.outputs) {
+                output.pace.rest(&output.source.fd);
+            }
         }
         let late: Vec<u64> = self.jobs.iter().filter(|(_, job)| now >= job.until).map(|(key, _)| *key).collect();
         late.into_iter().for_each(|key| self.job_timed_out(key));

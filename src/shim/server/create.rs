@@ -23,8 +23,6 @@ use crate::shim::protocol::{CreateRequest, Created, ErrorKind};
 use crate::shim::record::{CONTAINER_FILE, CONTAINERS_DIR, ContainerRecord};
 
 const CREATE_DEADLINE: Duration = Duration::from_secs(120);
-/// Kernel memory for a stream that prints faster than it is read.
-const PIPE_SIZE: usize = 256 << 10;
 
 impl Server {
     pub(super) fn create(&mut self, reply: ReplyTo, request: CreateRequest) -> Answer<()> {
@@ -126,9 +124,6 @@ impl Server {
         for stream in [Stream::Stdout, Stream::Stderr] {
             let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
             set_nonblocking(&reader)?;
-            if let Err(error) = rustix::pipe::fcntl_setpipe_size(&reader, PIPE_SIZE) {
-                note!("warning: pipes stay small: {error}");
-            }
             let source = self.watch(reader, EpollFlags::EPOLLIN, Source::Output(id.clone(), stream))?;
             container.outputs.push(Output::new(stream, source));
             writers.push(writer);

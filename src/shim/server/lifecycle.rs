@@ -206,7 +206,10 @@ impl Server {
         if matches!(&container.phase, Phase::Draining { until, .. } if now >= *until) {
             let streams: Vec<Stream> = container.outputs.iter().map(|output| output.stream).collect();
             note!("warning: container {id} ended, but something outside of it holds its output open");
-            streams.into_iter().for_each(|stream| self.end_output(id, stream));
+            for stream in streams {
+                self.drain_output(id, stream);
+                self.end_output(id, stream);
+            }
             self.finish_exit_if_drained(id);
         }
     }

@@ -3,36 +3,82 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollFlags;
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use super::{Answer, READ_BUFFER, Server, Source, io_error, refuse};
-use crate::shim::container::{Attach, Phase, Watched, set_nonblocking};
+use super::{Answer, READ_BUFFER, Server, Source, io_error, poll, refuse, unpoll};
+use crate::shim::container::{Attach, BUSY_PIPE, Phase, Watched, set_nonblocking};
 use crate::shim::logfile::Stream;
 use crate::shim::protocol::{AttachRequest, ErrorBody, ErrorKind, Event, ResizeRequest};
 
 /// Kernel memory between the shim and an attached client; one that falls further behind is dropped.
 const ATTACH_PIPE: usize = 1 << 20;
+/// Until a stream is polled again that the kernel refused to poll.
+const REFUSED: Duration = Duration::from_secs(1);
+/// Full reads of one stream in a row.
+const READS: usize = 8;
 /// Bytes taken from an attached client at a time.
 const INPUT_CHUNK: usize = 16 << 10;
 
 impl Server {
-    /// Reads once, so that no container starves another, and logs what came.
+    /// Logs what is there, but only so much that no container starves another.
     pub(super) fn on_output(&mut self, id: &Rc<str>, stream: Stream) {
+        let mut left = READS;
+        while left > 0 && self.read_output(id, stream) == READ_BUFFER {
+            left -= 1;
+        }
         let Some(container) = self.containers.get_mut(id) else { return };
-        let Some(output) = container.outputs.iter().find(|output| output.stream == stream) else { return };
+        let is_pipe = container.console.is_none();
+        let Some(output) = container.outputs.iter_mut().find(|output| output.stream == stream) else { return };
+        // with more to read it goes on in the next round
+        if is_pipe && left > 0 && output.pace.read(&output.source.fd, Instant::now()) {
+            unpoll(&self.epoll, &mut self.sources, &mut output.source);
+        }
+    }
+
+    /// Polls streams again that were left alone long enough.
+    pub(super) fn resume_outputs(&mut self, now: Instant) {
+        for (id, container) in &mut self.containers {
+            for output in &mut container.outputs {
+                if output.pace.resume_at.take_if(|at| *at <= now).is_some() {
+                    let source = Source::Output(id.clone(), output.stream);
+                    self.next_key += 1;
+                    let watched = &mut output.source;
+                    poll(&self.epoll, &mut self.sources, watched, EpollFlags::EPOLLIN, self.next_key, source);
+                    if watched.token.is_none() {
+                        output.pace.resume_at = Some(now + REFUSED); // the kernel has no memory for it now
+                    }
+                }
+            }
+        }
+    }
+
+    /// Logs what a stream's pipe holds, and no more: something may go on writing.
+    pub(super) fn drain_output(&mut self, id: &Rc<str>, stream: Stream) {
+        for _ in 0..BUSY_PIPE / READ_BUFFER {
+            if self.read_output(id, stream) == 0 {
+                break;
+            }
+        }
+    }
+
+    /// Reads once and logs what came; how much that was.
+    fn read_output(&mut self, id: &Rc<str>, stream: Stream) -> usize {
+        let Some(container) = self.containers.get_mut(id) else { return 0 };
+        let Some(output) = container.outputs.iter().find(|output| output.stream == stream) else { return 0 };
         self.scratch_used = Some(Instant::now());
         let (input, records) = self.scratch.bytes().split_at_mut(READ_BUFFER);
         let read = match rustix::io::read(&output.source.fd, &mut *input) {
             Ok(read) => read,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return 0,
             Err(_) => 0, // a pty says EIO when its last user is gone
         };
         if read == 0 {
             self.end_output(id, stream);
-            return self.finish_exit_if_drained(id);
+            self.finish_exit_if_drained(id);
+            return 0;
         }
         let input = &input[..read];
         let rotated = container.log(stream, input, records);
@@ -53,6 +99,7 @@ impl Server {
         for rotated in rotated {
             self.publish(&Event::LogRotated { container_id: id.to_string(), rotated }, None);
         }
+        read
     }
 
     /// A stream's end: what is left of its last line becomes a record.
