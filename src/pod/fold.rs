@@ -224,7 +224,7 @@ pub fn adopt(desired: &Desired, observed: &mut Observed, found: &[Found], alive:
             _ if instance.started_at.is_none() && instance.exit.is_none() => {}
             // it is known, and has been put aside: the container begins anew
             None if next_attempt > instance.attempt => {}
-            _ => started(desired, observed, name, instance),
+            _ => started(desired, observed, name, instance, now),
         }
     }
     for (name, facts) in &mut observed.containers {
@@ -326,7 +326,7 @@ pub fn outcome(
             vec![Notice::pod(failure)]
         }
         (Action::Start(name), Outcome::Started(instance) | Outcome::StartError(instance)) => {
-            started(desired, observed, name, instance);
+            started(desired, observed, name, instance, now);
             Vec::new()
         }
         (Action::Start(name), Outcome::Failed(failure)) => start_failed(desired, observed, name, failure, now),
@@ -396,7 +396,9 @@ fn probed(
     }
 }
 
-fn started(desired: &Desired, observed: &mut Observed, name: &str, instance: &Instance) {
+/// A start may have come about just before the sandbox was lost, and be told of only after that.
+fn started(desired: &Desired, observed: &mut Observed, name: &str, instance: &Instance, now: Timestamp) {
+    let gone = observed.sandbox == Sandbox::Lost;
     let kind = desired.container(name).map(|spec| spec.kind);
     let facts = observed.containers.entry(name.to_owned()).or_default();
     if let Some(exit) = facts.current.take().and_then(|old| old.exit) {
@@ -412,8 +414,15 @@ fn started(desired: &Desired, observed: &mut Observed, name: &str, instance: &In
         .is_some_and(|lifecycle| lifecycle.post_start.is_some());
     let mut instance = instance.clone();
     instance.post_started |= !hook;
-    facts.current = Some(instance);
-    if kind == Some(ContainerKind::Main) {
+    if gone && instance.is_running() {
+        instance.exit = Some(Exit { finished_at: Some(now), ..lost(instance.id.clone(), instance.started_at) });
+    }
+    match kind {
+        // as in `prepare_again`: the next sandbox needs it anew
+        Some(ContainerKind::Init) if gone => facts.previous = instance.exit,
+        _ => facts.current = Some(instance),
+    }
+    if kind == Some(ContainerKind::Main) && !gone {
         observed.initialized = true;
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{Container, Lifecycle, LifecycleHandler, Pod, PodSpec, Probe};
 
 use super::*;
+use crate::pod::effects::{Outcome, RuntimeEvent};
 use crate::pod::fold;
 use crate::pod::model::{Blocked, Phase};
 use crate::pod::testing::{at, end, instance, ready};
@@ -283,4 +284,23 @@ fn pre_stop_comes_before_the_stop_signal() {
     fold::outcome(&desired, &mut observed, &hook, &crate::pod::effects::Outcome::Done, at(5));
     let next = plan(&desired, &observed, &BTreeSet::new(), at(5));
     assert_eq!((next.actions, next.wake_at), (vec![Action::Term("main".to_owned())], Some(at(30))));
+}
+
+#[test]
+fn a_start_that_is_told_of_after_the_sandbox_is_lost_is_over() {
+    let desired = desired(vec![named("init")], vec![named("main")], "Never");
+    let late = |name: &str| {
+        let mut observed = ready();
+        fold::runtime_event(&desired, &mut observed, &RuntimeEvent::SandboxLost, at(1));
+        let outcome = Outcome::Started(Box::new(instance(name, 0, at(0))));
+        fold::outcome(&desired, &mut observed, &Action::Start(name.to_owned()), &outcome, at(2));
+        observed
+    };
+    let observed = late("main");
+    let exit = observed.containers["main"].current.as_ref().and_then(|instance| instance.exit.as_ref()).unwrap();
+    assert_eq!((exit.reason.as_str(), exit.finished_at), ("ContainerStatusUnknown", Some(at(2))));
+    assert!(!observed.initialized, "the next sandbox needs init containers");
+    let observed = late("init");
+    assert!(observed.containers["init"].current.is_none(), "the Pod would fail");
+    assert!(observed.containers["init"].previous.is_some());
 }
