@@ -118,6 +118,7 @@ func upCommand() *cobra.Command {
 	flags.IntVar(&options.Nodes, "nodes", 1, "number of Gantry nodes; 0 gives only the control plane")
 	flags.IntVar(&options.StockNodes, "stock-nodes", 0, "number of further nodes that run kubelet, containerd and runc")
 	flags.BoolVar(&options.Audit, "audit", false, "let the API server record what nodes ask of it, in audit.log of the cluster's directory")
+	flags.Int64Var(&options.GuestSwap, "guest-swap", 0, "MiB of swap that each guest node has")
 	flags.IntVar(&options.GuestNodes, "guest-nodes", 0, "number of further nodes that are virtual machines with pure cgroup v2 (hack/guest build)")
 	flags.DurationVar(&options.NodeMonitorGracePeriod, "node-monitor-grace-period", 50*time.Second, "how long a silent node stays Ready")
 	flags.DurationVar(&options.ClusterSigningDuration, "cluster-signing-duration", 365*24*time.Hour, "how long certificates of nodes are valid, at least 130s")

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -57,7 +58,7 @@ func (c *Cluster) guestNamespaceFile(n Node) string { return filepath.Join(c.nod
 func (c *Cluster) guestJobDir(n Node) string { return filepath.Join(c.nodeDir(n), "job") }
 
 // makeGuest prepares a guest node; its cgroup here is that of the kernel's processes.
-func (c *Cluster) makeGuest(n Node, overlay map[string]any, self string) error {
+func (c *Cluster) makeGuest(n Node, options Options) error {
 	for _, part := range []string{"linux", "rootfs/sbin/uml-init"} {
 		if _, err := os.Stat(filepath.Join(c.Home.Guest, part)); err != nil {
 			return fmt.Errorf("no guest system (hack/guest build makes it): %w", err)
@@ -88,7 +89,7 @@ func (c *Cluster) makeGuest(n Node, overlay map[string]any, self string) error {
 	there := c.State
 	there.Nodes, there.Processes = []Node{{Index: n.Index}}, map[string]proc.ID{}
 	there.GantryBinary = guestJobDir + "/gantry"
-	raw, err := json.Marshal(guestJob{Home: c.Home, Dir: c.Dir, State: there, Overlay: overlay, Token: hex.EncodeToString(token)})
+	raw, err := json.Marshal(guestJob{Home: c.Home, Dir: c.Dir, State: there, Overlay: options.KubeletConfig, Token: hex.EncodeToString(token)})
 	if err != nil {
 		return err
 	}
@@ -99,13 +100,35 @@ func (c *Cluster) makeGuest(n Node, overlay map[string]any, self string) error {
 		}
 	}
 	for name, file := range map[string]string{
-		"cluster": self, "gantry": c.GantryBinary, "ca.crt": c.pkiPath("ca.crt"), "bootstrap.conf": c.path("bootstrap.conf"),
+		"cluster": options.Self, "gantry": c.GantryBinary, "ca.crt": c.pkiPath("ca.crt"), "bootstrap.conf": c.path("bootstrap.conf"),
 	} {
 		if err := linkOrCopy(file, filepath.Join(job, name)); err != nil {
 			return err
 		}
 	}
+	if options.GuestSwap > 0 {
+		if err := makeSwap(c.guestSwapFile(n), options.GuestSwap<<20); err != nil {
+			return err
+		}
+	}
 	return makeCgroups(c.cgroupRoot(n), c.cgroupRoot(n)+"/agent")
+}
+
+// guestSwapFile is what the guest sees as its first disk, if it has swap.
+func (c *Cluster) guestSwapFile(n Node) string { return filepath.Join(c.guestJobDir(n), "swap") }
+
+// makeSwap writes what mkswap writes, into a file that takes no room until it is
+// used (include/linux/swap.h: union swap_header).
+func makeSwap(path string, size int64) error {
+	const page = 4096
+	header := make([]byte, page)
+	binary.LittleEndian.PutUint32(header[1024:], 1)
+	binary.LittleEndian.PutUint32(header[1028:], uint32(size/page-1)) // #nosec G115 -- up to 16 TiB
+	copy(header[page-10:], "SWAPSPACE2")
+	if err := os.WriteFile(path, header, 0o600); err != nil {
+		return err
+	}
+	return os.Truncate(path, size)
 }
 
 // linkOrCopy gives a file a second name, in another file system a copy.
@@ -139,13 +162,17 @@ func (c *Cluster) bootGuest(ctx context.Context, n Node) error {
 	if err != nil {
 		return err
 	}
+	var disks []string
+	if _, err := os.Stat(c.guestSwapFile(n)); err == nil {
+		disks = []string{"ubd0=" + c.guestSwapFile(n)}
+	}
 	if err := c.startProcess(guestProcess(n), proc.Spec{
-		Args: []string{
+		Args: append([]string{
 			filepath.Join(c.Home.Guest, "linux"), "mem=" + guestMemory, "seccomp=on", "ro", "quiet",
 			"root=/dev/root", "rootfstype=hostfs", "rootflags=" + filepath.Join(c.Home.Guest, "rootfs"), "init=/sbin/uml-init",
 			"con=null", "con0=null,fd:1", "uml_dir=" + c.nodeDir(n), "umid=uml",
 			"jobdir=" + c.guestJobDir(n), "vec0:transport=raw,ifname=eth0",
-		},
+		}, disks...),
 		// The guest's memory is a deleted file there.
 		Env:              []string{"PATH=" + os.Getenv("PATH"), "HOME=" + c.nodeDir(n), "TMPDIR=/dev/shm"},
 		NetworkNamespace: c.guestNamespaceFile(n), Cgroups: dirs,

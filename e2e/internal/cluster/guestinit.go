@@ -12,12 +12,16 @@ import (
 	"os/exec"
 	"path/filepath"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"gantry.local/e2e/internal/netns"
 	"gantry.local/e2e/internal/proc"
 )
+
+// swapDisk is there in a guest that has swap (guestSwapFile).
+const swapDisk = "/dev/ubda"
 
 // GuestInit makes a guest a node and serves commands until the guest ends.
 func GuestInit() error {
@@ -54,6 +58,15 @@ func GuestInit() error {
 		}
 		if err := os.WriteFile(to, content, 0o600); err != nil {
 			return err
+		}
+	}
+	if _, err := os.Stat(swapDisk); err == nil {
+		name, err := unix.BytePtrFromString(swapDisk)
+		if err != nil {
+			return err
+		}
+		if _, _, errno := unix.Syscall(unix.SYS_SWAPON, uintptr(unsafe.Pointer(name)), 0, 0); errno != 0 {
+			return fmt.Errorf("swapon %s: %w", swapDisk, errno)
 		}
 	}
 	// The node gets a namespace of its own here too: then nothing of the guest

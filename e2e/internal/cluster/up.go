@@ -32,6 +32,8 @@ type Options struct {
 	// GuestNodes is the number of nodes that are virtual machines with pure
 	// cgroup v2; their numbers come last.
 	GuestNodes int
+	// GuestSwap is the size of each guest's swap, MiB.
+	GuestSwap int64
 	// K3s puts a stand-in for a k3s server in front of the API server, which then
 	// reaches nodes through its tunnel alone; Gantry nodes join by its protocol.
 	K3s bool
@@ -64,6 +66,9 @@ func (o Options) all() int { return o.Nodes + o.StockNodes + o.GuestNodes }
 func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 	if options.Nodes < 0 || options.StockNodes < 0 || options.GuestNodes < 0 || options.all() > MaxNodes {
 		return nil, fmt.Errorf("--nodes %d --stock-nodes %d --guest-nodes %d: use 0 to %d together", options.Nodes, options.StockNodes, options.GuestNodes, MaxNodes)
+	}
+	if options.GuestSwap < 0 || options.GuestSwap > 0 && options.GuestNodes == 0 {
+		return nil, fmt.Errorf("--guest-swap %d: use 0 or more, with --guest-nodes", options.GuestSwap)
 	}
 	if options.Nodes+options.GuestNodes > 0 {
 		if _, err := os.Stat(h.Gantry); err != nil {
@@ -114,7 +119,7 @@ func (h Home) Up(ctx context.Context, options Options) (*Cluster, error) {
 			return c, err
 		}
 		if n.Guest {
-			err = c.makeGuest(n, options.KubeletConfig, options.Self)
+			err = c.makeGuest(n, options)
 		} else {
 			err = c.makeNode(n, options.KubeletConfig)
 		}
