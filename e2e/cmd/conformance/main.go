@@ -108,7 +108,8 @@ func (o *options) run(ctx context.Context) error {
 	if o.missingImages {
 		return printMissing(h)
 	}
-	expectations, err := conformance.ReadExpectations(filepath.Join(repository, "e2e/expectations.txt"))
+	listed := filepath.Join(repository, "e2e/expectations.txt")
+	expectations, err := conformance.ReadExpectations(listed, conformance.MachineHas)
 	if err != nil {
 		return err
 	}
@@ -140,8 +141,14 @@ func (o *options) run(ctx context.Context) error {
 	if unknown := expectations.Unknown(specs); len(unknown) > 0 {
 		return fmt.Errorf("e2e/expectations.txt: %s", strings.Join(unknown, "\n"))
 	}
-	if err := o.adopt(&h); err != nil {
+	guests, err := o.adopt(&h)
+	if err != nil {
 		return err
+	}
+	if guests {
+		if expectations, err = conformance.ReadExpectations(listed, conformance.GuestsHave); err != nil {
+			return err
+		}
 	}
 	program := h.Gantry
 	if o.node == "kubelet" {
@@ -164,21 +171,21 @@ func (o *options) run(ctx context.Context) error {
 }
 
 // adopt finds out what the nodes are: of a running cluster, it is not what the
-// command line says.
-func (o *options) adopt(h *cluster.Home) error {
+// command line says. It returns whether all are virtual machines.
+func (o *options) adopt(h *cluster.Home) (guests bool, err error) {
 	if o.cluster == "" {
-		return nil
+		return false, nil
 	}
 	c, err := h.Open(o.cluster)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer c.Close()
 	o.nodes, o.node, h.Gantry = len(c.Nodes), "gantry", c.GantryBinary
 	if slices.ContainsFunc(c.Nodes, func(n cluster.Node) bool { return n.Stock }) {
 		o.node = "kubelet"
 	}
-	return nil
+	return !slices.ContainsFunc(c.Nodes, func(n cluster.Node) bool { return !n.Guest }), nil
 }
 
 func (o *options) selection() (conformance.Selection, error) {

@@ -158,6 +158,9 @@ func TestMachineHas(t *testing.T) {
 			t.Errorf("%s: %v", feature, err)
 		}
 	}
+	if can, err := GuestsHave("CAP_SYS_RESOURCE"); err != nil || !can {
+		t.Errorf("guests: %t, %v", can, err)
+	}
 	if _, err := MachineHas("wings"); err == nil {
 		t.Error("wings are unknown")
 	}
