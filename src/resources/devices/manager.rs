@@ -74,7 +74,7 @@ impl DeviceManager {
     pub fn open(root_dir: &Path) -> Self {
         let dir = root_dir.join("device-plugins");
         let found = checkpoint::read(&dir);
-        let restored = !matches!(found, Ok(None));
+        let (restored, known) = (!matches!(found, Ok(None)), matches!(found, Ok(Some(_))));
         let (holdings, registered) = match found {
             Ok(known) => known.unwrap_or_default(),
             Err(error) => {
@@ -84,11 +84,13 @@ impl DeviceManager {
             }
         };
         let inventory = Inventory::restored(holdings, registered, Instant::now());
+        // what has just been read need not be written
+        let written = if known { checkpoint::encode(&inventory).unwrap_or_default() } else { Vec::new() };
         Self {
             dir,
             state: Mutex::new(State { inventory, ..State::default() }),
             allocating: tokio::sync::Mutex::default(),
-            written: Arc::default(),
+            written: Arc::new(tokio::sync::Mutex::new(written)),
             changed: watch::Sender::new(0),
             restored,
         }
@@ -221,6 +223,10 @@ impl DeviceManager {
         if incomplete {
             self.give_all(pod, Some(&container.name), active).await?;
         }
+        if self.lock().inventory.holdings.of_container(uid, &container.name).is_some() {
+            // an earlier try may have got them and not have been able to note it
+            self.save().await?;
+        }
         let state = self.lock();
         let grants = state.inventory.holdings.of_container(uid, &container.name);
         Ok(ContainerDevices::of(grants.into_iter().flat_map(|grants| grants.values()).map(|grant| &grant.response)))
@@ -245,19 +251,26 @@ impl DeviceManager {
         self.take_back(active);
         let mut reusable = Reusable::new();
         let mut any = false;
-        for (container, ends) in containers {
+        for (container, ends) in &containers {
+            if only.is_some_and(|name| name == container.name) {
+                // what was left to be used again may have been taken by those that come later
+                let lasting = containers.iter().filter(|(other, ends)| !ends && other.name != container.name);
+                for (other, _) in lasting {
+                    self.lock().inventory.holdings.pass_on(uid(pod), &other.name, false, &mut reusable);
+                }
+            }
             if only.is_none_or(|name| name == container.name) {
                 for (resource, count) in wants(container) {
                     any |= self.give(uid(pod), &container.name, &resource, count, &reusable).await?;
                 }
             }
-            self.lock().inventory.holdings.pass_on(uid(pod), &container.name, ends, &mut reusable);
+            self.lock().inventory.holdings.pass_on(uid(pod), &container.name, *ends, &mut reusable);
         }
         if any {
             self.tell();
-            self.save().await?;
         }
-        Ok(())
+        // also when an earlier try could not
+        self.save().await
     }
 
     /// Devices of one resource for one container; whether anything was allocated.
@@ -349,7 +362,7 @@ impl DeviceManager {
     /// Connects to a plugin, and follows its devices until it goes or another one takes its socket; returns the number
     /// of the registration.
     pub(super) async fn connect(self: &Arc<Self>, resource: &str, socket: &Path) -> Result<u64, RegisterError> {
-        let channel = Channel::connect(socket, DIAL_LIMIT).await.map_err(RegisterError::Dial)?;
+        let channel = Channel::connect_when_served(socket, DIAL_LIMIT).await.map_err(RegisterError::Dial)?;
         let options: PluginOptions = channel
             .unary("/v1beta1.DevicePlugin/GetDevicePluginOptions", &Empty {}, ASK_LIMIT)
             .await

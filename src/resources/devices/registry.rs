@@ -27,6 +27,8 @@ const INFO_LIMIT: Duration = Duration::from_secs(1);
 const NOTIFY_LIMIT: Duration = Duration::from_secs(5);
 /// First and longest pause after a try that failed (`goroutinemap/exponentialbackoff`).
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(122));
+/// When a directory is looked at again that could not be watched (too many inotify instances, for example).
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// How deep directories are searched.
 const MAX_DEPTH: usize = 4;
 
@@ -61,7 +63,7 @@ pub(super) async fn follow(manager: Arc<DeviceManager>, dir: PathBuf) {
         // watches first: what comes while we look is seen by them
         let mut sockets = HashMap::new();
         let mut watches = Vec::new();
-        look(&dir, 0, &mut sockets, &mut watches);
+        let complete = look(&dir, 0, &mut sockets, &mut watches);
         known.retain(|path, found| {
             let same = sockets.get(path) == Some(&found.identity);
             if !same {
@@ -75,19 +77,33 @@ pub(super) async fn follow(manager: Arc<DeviceManager>, dir: PathBuf) {
                 Found { identity, task }
             });
         }
-        if watches.is_empty() {
-            return;
+        let again =
+            async { if complete { std::future::pending().await } else { tokio::time::sleep(LOOK_AGAIN).await } };
+        let changed = async {
+            if watches.is_empty() {
+                std::future::pending().await
+            } else {
+                select_all(watches.iter().map(|watch| Box::pin(Watch::changed(Some(watch))))).await;
+            }
+        };
+        tokio::select! {
+            () = changed => {}
+            () = again => {}
         }
-        select_all(watches.iter().map(|watch| Box::pin(Watch::changed(Some(watch))))).await;
     }
 }
 
-fn look(dir: &Path, depth: usize, sockets: &mut HashMap<PathBuf, Identity>, watches: &mut Vec<Watch>) {
+/// Whether all of it is watched.
+fn look(dir: &Path, depth: usize, sockets: &mut HashMap<PathBuf, Identity>, watches: &mut Vec<Watch>) -> bool {
+    let mut complete = true;
     match Watch::start(dir) {
         Ok(watch) => watches.push(watch),
-        Err(error) => tracing::error!(dir = %dir.display(), %error, "plugins in it are not noticed"),
+        Err(error) => {
+            complete = false;
+            tracing::error!(dir = %dir.display(), %error, "plugins in it are noticed late");
+        }
     }
-    let Ok(entries) = fs::read_dir(dir) else { return };
+    let Ok(entries) = fs::read_dir(dir) else { return complete };
     for entry in entries.flatten() {
         let (path, name) = (entry.path(), entry.file_name());
         if name.to_string_lossy().starts_with('.') {
@@ -95,11 +111,12 @@ fn look(dir: &Path, depth: usize, sockets: &mut HashMap<PathBuf, Identity>, watc
         }
         let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
         if metadata.is_dir() && depth < MAX_DEPTH {
-            look(&path, depth + 1, sockets, watches);
+            complete &= look(&path, depth + 1, sockets, watches);
         } else if metadata.file_type().is_socket() {
             sockets.insert(path, (metadata.ino(), metadata.created().ok()));
         }
     }
+    complete
 }
 
 /// Ends a registration with the task that made it.

@@ -36,15 +36,17 @@ where
     let (near, far) = tokio::io::duplex(BUFFER);
     tokio::spawn(async move {
         let (read, mut write) = tokio::io::split(io);
-        let (mut answers, questions) = tokio::io::split(far);
+        let (mut answers, mut questions) = tokio::io::split(far);
         let back = async {
             let _ = tokio::io::copy(&mut answers, &mut write).await;
             let _ = write.shutdown().await;
         };
         let forth = async {
-            if let Err(error) = forward(read, questions).await {
+            if let Err(error) = forward(read, &mut questions).await {
                 tracing::debug!(%error, "a gRPC connection ended");
             }
+            // however it ended: the other end would wait for more
+            let _ = questions.shutdown().await;
         };
         // what was asked before the end may still be answered
         tokio::join!(back, forth);
@@ -101,7 +103,7 @@ fn wrong(what: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-async fn forward(mut read: impl AsyncRead + Unpin, mut write: impl AsyncWrite + Unpin) -> io::Result<()> {
+async fn forward(mut read: impl AsyncRead + Unpin, write: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     let mut preface = [0; PREFACE];
     read.read_exact(&mut preface).await?;
     write.write_all(&preface).await?;
@@ -121,9 +123,9 @@ async fn forward(mut read: impl AsyncRead + Unpin, mut write: impl AsyncWrite + 
             frame.payload = encode(decoder.decode(&block, MAX_FRAME).map_err(wrong)?);
             frame.flags = frame.flags & END_STREAM | END_HEADERS;
         }
-        frame.write(&mut write).await?;
+        frame.write(write).await?;
     }
-    write.shutdown().await
+    Ok(())
 }
 
 /// A block that refers to nothing: it is right whatever the reader's table has.
@@ -213,6 +215,21 @@ mod tests {
         assert!(forwarded(&frames(&[(HEADERS, 0, first), (0, 1, b"data")])).await.is_err());
         assert!(forwarded(&frames(&[(HEADERS, END_HEADERS | PADDED, &[9, 1])])).await.is_err());
         assert!(forwarded(&frames(&[(HEADERS, END_HEADERS | PRIORITY, &[9, 1])])).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_breaks_ends() {
+        for bytes in [frames(&[(HEADERS, 0, b"x"), (0, 1, b"data")]), b"GET / HTTP/1.1\r\n".to_vec()] {
+            let (mut client, server) = tokio::net::UnixStream::pair().unwrap();
+            let mut end = lenient(server);
+            client.write_all(&bytes).await.unwrap();
+            if bytes.starts_with(b"GET") {
+                client.shutdown().await.unwrap();
+            }
+            let limit = std::time::Duration::from_secs(10);
+            let read = tokio::time::timeout(limit, end.read_to_end(&mut Vec::new())).await;
+            assert!(read.is_ok(), "it waits for more");
+        }
     }
 
     proptest::proptest! {

@@ -20,6 +20,9 @@ use super::frame::{self, Reader};
 /// Largest header block that is taken, bytes.
 const MAX_HEADERS: u32 = 64 << 10;
 
+/// Between two tries to connect.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
 /// A connection to a server. Clones share it; it is closed when the last of them, and of the streams on it, is gone.
 #[derive(Clone, Debug)]
 pub struct Channel {
@@ -41,6 +44,21 @@ impl Channel {
             Self::over(stream, "http://localhost".to_owned(), "gantry").await
         };
         tokio::time::timeout(limit, connect).await.map_err(|_| too_late())?
+    }
+
+    /// Connects to a Unix socket that may not be served yet: it is tried until it is.
+    ///
+    /// # Errors
+    /// What the last try said, after `limit`.
+    pub async fn connect_when_served(socket: &Path, limit: Duration) -> Result<Self, Status> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match Self::connect(socket, deadline.saturating_duration_since(Instant::now())).await {
+                Err(status) if Instant::now() + RETRY_PAUSE >= deadline => return Err(status),
+                Err(_) => tokio::time::sleep(RETRY_PAUSE).await,
+                connected => return connected,
+            }
+        }
     }
 
     /// Speaks over a connection that is there. `base` is scheme and authority of the requests.
