@@ -255,6 +255,11 @@ func (c *Cluster) Command(t testing.TB, command string, args ...string) []byte {
 // Gantry runs a command of the node's own program on the node's socket, as its
 // administrator does.
 func (c *Cluster) Gantry(ctx context.Context, node int, args ...string) (stdout, stderr string, err error) {
+	return c.GantryIn(ctx, filepath.Join(c.NodeDir(node), "run"), args...)
+}
+
+// GantryIn is Gantry with a state directory that no node of the cluster has.
+func (c *Cluster) GantryIn(ctx context.Context, stateDir string, args ...string) (stdout, stderr string, err error) {
 	raw, err := os.ReadFile(filepath.Join(c.Dir(), "state.json"))
 	if err != nil {
 		return "", "", err
@@ -265,7 +270,7 @@ func (c *Cluster) Gantry(ctx context.Context, node int, args ...string) (stdout,
 	if err := json.Unmarshal(raw, &state); err != nil {
 		return "", "", err
 	}
-	args = append([]string{args[0], "--state-dir=" + filepath.Join(c.NodeDir(node), "run")}, args[1:]...)
+	args = append([]string{args[0], "--state-dir=" + stateDir}, args[1:]...)
 	cmd := exec.CommandContext(ctx, state.GantryBinary, args...)
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
