@@ -351,8 +351,9 @@ func TestNodeDeleted(t *testing.T) {
 	checkStartedOnce(t, e, "steady")
 }
 
-// A Pod with init container, sidecar, probes and hooks lives through 20 kills
-// of the agent at any moment, as if there had been none.
+// A Pod with init container, sidecar, ephemeral container, probes, hooks and other
+// resources on the way lives through 20 kills of the agent at any moment, as if
+// there had been none.
 func TestThroughKills(t *testing.T) {
 	t.Parallel()
 	own(t, victimName)
@@ -379,6 +380,7 @@ func TestThroughKills(t *testing.T) {
 			PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"sh", "-c", "touch /data/post"}}},
 			PreStop:   &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 2}},
 		}
+		main.Resources = sized("200m", "32Mi")
 		main.ReadinessProbe = &corev1.Probe{ProbeHandler: exec("test -f /data/post"), PeriodSeconds: 1}
 		main.LivenessProbe = &corev1.Probe{ProbeHandler: exec("test -f /data/log"), PeriodSeconds: 1, FailureThreshold: 5}
 		p.Spec.InitContainers = []corev1.Container{init, helper}
@@ -398,14 +400,28 @@ func TestThroughKills(t *testing.T) {
 	}
 	before := e.WaitReady(90*time.Second, "full")[0]
 	record := e.Record(victimName, "full")
-	for range 8 { // while it runs
+	for i := range 8 { // while it runs
+		switch i {
+		case 2:
+			debug(t, e, "full", "echo debugger >> /data/log; trap 'exit 0' TERM; while :; do sleep 3600 & wait; done")
+		case 5:
+			resize(t, e, "full", "main", "300m", "48Mi")
+		}
 		kill(3 * time.Second)
 	}
 	e.WaitReady(30*time.Second, "full")
 	for _, note := range record.Stop() {
 		t.Errorf("while it ran: %s", note)
 	}
-	after := e.Get("full")
+	after := waitResized(e, "full")
+	e.Eventually(20*time.Second, "exec", func() (bool, string) {
+		_, errOut, err := e.Kubectl(e.Ctx, "-n", e.Namespace, "exec", "full", "-c", "main", "--", "true")
+		return err == nil, errOut
+	})
+	checkSize(t, e, after, "main", "300m", "48Mi")
+	if list := after.Status.EphemeralContainerStatuses; len(list) != 1 || list[0].State.Running == nil || list[0].RestartCount != 0 {
+		t.Errorf("ephemeral containers: %+v", list)
+	}
 	for name, s := range allStatuses(after) {
 		if s.RestartCount != 0 || s.ContainerID != allStatuses(before)[name].ContainerID {
 			t.Errorf("%s: %d restarts, container %s, before %s", name, s.RestartCount, s.ContainerID, allStatuses(before)[name].ContainerID)
@@ -419,11 +435,24 @@ func TestThroughKills(t *testing.T) {
 			t.Errorf("%s: %q, want %q (%v)", when, text, want, err)
 		}
 	}
-	check("before its end", "init\ninit done\nhelper\nmain")
+	check("before its end", "init\ninit done\nhelper\nmain\ndebugger")
 	e.Delete("full")
 	for range 4 { // while it ends
 		kill(1200 * time.Millisecond)
 	}
 	e.WaitGone("full", 60*time.Second)
-	check("in the end", "init\ninit done\nhelper\nmain\nmain ends\nhelper ends")
+	check("in the end", "init\ninit done\nhelper\nmain\ndebugger\nmain ends\nhelper ends")
+}
+
+// debug adds an ephemeral container that has the volume of shared.
+func debug(t *testing.T, e *kit.Env, pod, script string) {
+	t.Helper()
+	p := e.Get(pod)
+	p.Spec.EphemeralContainers = append(p.Spec.EphemeralContainers, corev1.EphemeralContainer{EphemeralContainerCommon: corev1.EphemeralContainerCommon{
+		Name: "debugger", Image: e.Image("busybox:1.37"), Command: []string{"sh", "-c", script},
+		VolumeMounts: []corev1.VolumeMount{{Name: "work", MountPath: "/data"}},
+	}})
+	if _, err := e.Client.CoreV1().Pods(e.Namespace).UpdateEphemeralContainers(e.Ctx, pod, p, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
 }
