@@ -43,6 +43,9 @@ pub(super) async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc
         facts.addresses.iter().filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
     let records =
         Records::open(&config.paths.state_dir).map_err(|error| format!("open the state directory: {error}"))?;
+    if let Err(error) = records.mount_apart() {
+        tracing::warn!(%error, "the directory of the Pods cannot be a mount of its own; containers start slower");
+    }
     let mut store = StoreConfig::new(&config.paths.data_dir);
     store.insecure_registries.clone_from(&config.insecure_registries);
     let images = open_images(store).await?;

@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::Pod;
+use nix::mount::{MsFlags, mount};
 
 use crate::pod::model::{Desired, Observed};
+use crate::volume::mounts_below;
 
 /// File of the Pod as last wanted.
 const POD_FILE: &str = "pod.json";
@@ -42,6 +44,20 @@ impl Records {
         let pods_dir = state_dir.join("pods");
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&pods_dir)?;
         Ok(Self { pods_dir, written: Mutex::default() })
+    }
+
+    /// Makes the directory of all Pods a private mount, so that whoever needs only one Pod's mounts can do away with all
+    /// others at once. Blocking.
+    ///
+    /// Not if something is mounted there already, in the life of an agent that did not do this: those mounts would be
+    /// hidden. Then all works as well, only slower.
+    pub fn mount_apart(&self) -> io::Result<()> {
+        let directory = fs::canonicalize(&self.pods_dir)?;
+        if !mounts_below(&directory)?.is_empty() {
+            return Ok(());
+        }
+        mount(Some(&directory), &directory, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+        Ok(mount(None::<&str>, &directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?)
     }
 
     /// The directory of one Pod.
@@ -128,5 +144,25 @@ mod tests {
         records.remove("a").unwrap();
         records.remove("a").unwrap();
         assert!(!records.pod_dir("a").exists());
+    }
+
+    #[test]
+    fn the_pods_get_a_mount_of_their_own_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let mounted = || mounts_below(&dir.path().canonicalize().unwrap()).unwrap();
+        let unmount = |path: &Path| nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        // what an agent that knew nothing of this left
+        let left = records.pod_dir("a").join("shm");
+        fs::create_dir_all(&left).unwrap();
+        mount(Some("tmpfs"), &left, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        records.mount_apart().unwrap();
+        assert_eq!(mounted().len(), 1, "it must not be hidden");
+        unmount(&left);
+        records.mount_apart().unwrap();
+        records.mount_apart().unwrap();
+        let points = mounted();
+        unmount(&dir.path().join("pods"));
+        assert_eq!(points, [dir.path().canonicalize().unwrap().join("pods")]);
     }
 }

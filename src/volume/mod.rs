@@ -27,5 +27,5 @@ pub use container::{MountRefused, container_mounts};
 pub use error::{SetUpError, VolumeError, VolumeFailure};
 pub use image::{ImageVolumes, NoImageVolumes};
 pub use manager::{MountedVolume, MountedVolumes, VolumeConfig, VolumeKind, VolumeManager};
-pub use mounts::{is_mount_point, remove_tree};
+pub use mounts::{is_mount_point, mounts_below, remove_tree};
 pub use ownership::{apply_fs_group, fs_group_mismatch};

@@ -4,6 +4,7 @@
 //! oom_score_adj) ends with this process. Containers are made as siblings, so their parent is the shim.
 
 mod executor;
+mod isolate;
 mod mounts;
 mod resolve;
 mod seccomp;
@@ -146,6 +147,7 @@ fn create(request: &CreateRequest, stdio: Stdio, report: OwnedFd) -> Done {
     save_filter(dir, filter.as_ref())?;
 
     let trees = mounts::clone_all(&setup.mounts)?;
+    leave_other_pods(dir)?;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let config_mounts: Vec<PathBuf> = spec.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
     mounts::make_mount_points(&rootfs, &trees, &config_mounts)?;
@@ -167,6 +169,13 @@ fn create(request: &CreateRequest, stdio: Stdio, report: OwnedFd) -> Done {
     let console = console.map(Console::accept).transpose()?;
     enter_and_attach(pid, trees, process.cwd())?;
     Ok((Outcome { pid, start_time, error: None }, console))
+}
+
+/// The volumes are to be cloned before: what others mount below them may propagate to the container.
+fn leave_other_pods(container_dir: &Path) -> Result<(), String> {
+    // <Pod>/containers/<id>
+    let Some(pod_dir) = container_dir.ancestors().nth(2) else { return Ok(()) };
+    isolate::leave_other_pods(pod_dir).map_err(|e| format!("leave the mounts of other Pods: {e}"))
 }
 
 /// libcontainer changes to a directory before our volumes are there, and fails if it is missing; runc makes it.
@@ -213,6 +222,7 @@ fn exec(container: &CreateRequest, init: i32, request: &ExecRequest, stdio: Stdi
     let terminal = process.terminal().unwrap_or(false);
     let plan = Plan::new(&request.process, masks, setup.no_new_privs, filter, identity, report)?;
 
+    leave_other_pods(dir)?;
     let process_file = exec_process_file(dir, &request.exec_id);
     let pid_file = exec_pid_file(dir, &request.exec_id);
     let text = serde_json::to_vec(&process).map_err(|e| format!("process: {e}"))?;
