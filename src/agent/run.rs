@@ -253,7 +253,7 @@ async fn connect(config: &Arc<Config>) -> Result<Cluster, String> {
         Some(credentials) => {
             let limits = Limits::from_config(&config.kubelet);
             let api = ApiClient::new(credentials, limits).await.map_err(|error| error.to_string())?;
-            let (events, send) = EventRecorder::new(&config.node_name, api.client(), &config.kubelet);
+            let (events, send) = EventRecorder::new(&config.node_name, api.background(), &config.kubelet);
             tokio::spawn(send);
             (Some(Arc::new(api)), events)
         }

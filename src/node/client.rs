@@ -64,6 +64,9 @@ pub enum ClientError {
     },
 }
 
+/// How long a request in the background waits for others at most.
+const BACKGROUND_WAIT: Duration = Duration::from_secs(5);
+
 /// Limits of one client.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
@@ -115,6 +118,7 @@ pub struct ApiClient {
     credentials: Credentials,
     current: Arc<RwLock<Channels>>,
     client: Client,
+    background: Client,
 }
 
 /// What requests go through until the credentials change.
@@ -151,16 +155,37 @@ impl ApiClient {
     pub async fn new(credentials: Credentials, limits: Limits) -> Result<Self, ClientError> {
         let current = Arc::new(RwLock::new(connect(&credentials).await?));
         let bucket = Arc::new(TokenBucket::new(limits.qps, limits.burst));
+        let (inner, turns) = (Arc::clone(&current), Arc::clone(&bucket));
+        let client = service_fn(move |request| {
+            let (inner, turns) = (Arc::clone(&inner), Arc::clone(&turns));
+            async move {
+                turns.acquire().await;
+                send(inner, limits.timeout, request).await
+            }
+        });
         let inner = Arc::clone(&current);
-        let service = service_fn(move |request| send(Arc::clone(&inner), Arc::clone(&bucket), limits.timeout, request));
-        let client = Client::new(service, "default");
-        Ok(Self { credentials, current, client })
+        let background = service_fn(move |request| {
+            let (inner, bucket) = (Arc::clone(&inner), Arc::clone(&bucket));
+            async move {
+                bucket.wait_for_spare(BACKGROUND_WAIT).await;
+                send(inner, limits.timeout, request).await
+            }
+        });
+        let (client, background) = (Client::new(client, "default"), Client::new(background, "default"));
+        Ok(Self { credentials, current, client, background })
     }
 
     /// The client to use; clones of it follow every later [`reload`](Self::reload).
     #[must_use]
     pub fn client(&self) -> Client {
         self.client.clone()
+    }
+
+    /// For what nobody waits for (events): requests that do not count against the limit, and that wait while others use
+    /// it up, up to five seconds each.
+    #[must_use]
+    pub fn background(&self) -> Client {
+        self.background.clone()
     }
 
     /// Reads the kubeconfig and its certificates again; new requests use new connections. On error the old
@@ -193,11 +218,9 @@ struct TooSlow {
 
 async fn send(
     current: Arc<RwLock<Channels>>,
-    bucket: Arc<TokenBucket>,
     timeout: Duration,
     request: Request<Body>,
 ) -> Result<Response<UnsyncBoxBody<Bytes, BoxError>>, BoxError> {
-    bucket.acquire().await;
     let streams = request
         .uri()
         .query()

@@ -45,6 +45,30 @@ impl TokenBucket {
         }
     }
 
+    /// Waits, up to `longest`, until at least half of the burst is left, and takes nothing: for work that should not be in
+    /// the way of other work.
+    pub async fn wait_for_spare(&self, longest: Duration) {
+        let until = Instant::now() + longest;
+        while let Some(wait) = self.until_spare() {
+            let now = Instant::now();
+            if now >= until {
+                return;
+            }
+            tokio::time::sleep_until((now + wait).min(until)).await;
+        }
+    }
+
+    fn until_spare(&self) -> Option<Duration> {
+        if self.rate <= 0.0 {
+            return None;
+        }
+        let state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (tokens, last) = *state;
+        let missing = self.burst / 2.0 - (tokens + last.elapsed().as_secs_f64() * self.rate);
+        // a bit more than nothing, or rounding would make it turn round on the spot
+        (missing > 1e-6).then(|| Duration::from_secs_f64(missing / self.rate).max(Duration::from_millis(1)))
+    }
+
     /// Takes a turn if there is one at once.
     pub fn try_acquire(&self) -> bool {
         self.take(false).is_some()
@@ -71,9 +95,30 @@ mod tests {
         assert!((Duration::from_millis(499)..Duration::from_millis(510)).contains(&elapsed), "{elapsed:?}");
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn spare_is_what_others_leave() {
+        let bucket = TokenBucket::new(10.0, 10.0);
+        let start = Instant::now();
+        bucket.wait_for_spare(Duration::from_secs(5)).await;
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        for _ in 0..8 {
+            bucket.acquire().await;
+        }
+        bucket.wait_for_spare(Duration::from_secs(5)).await;
+        let elapsed = start.elapsed();
+        assert!((Duration::from_millis(299)..Duration::from_millis(310)).contains(&elapsed), "{elapsed:?}");
+        for _ in 0..100 {
+            bucket.take(true);
+        }
+        bucket.wait_for_spare(Duration::from_secs(5)).await;
+        let waited = start.elapsed() - elapsed;
+        assert_eq!(waited, Duration::from_secs(5), "it waits no longer than it was told to");
+    }
+
     #[tokio::test]
     async fn no_rate_is_no_limit() {
         let bucket = TokenBucket::new(0.0, 0.0);
+        bucket.wait_for_spare(Duration::MAX / 4).await;
         assert!((0..1000).all(|_| bucket.try_acquire()));
     }
 }

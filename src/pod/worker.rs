@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::PodStatus;
+use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +23,8 @@ use crate::resources::devices::DeviceHealth;
 
 /// Status changes that nobody waits for are held back this long, so that a quick start is one patch.
 const REPORT_DELAY: SignedDuration = SignedDuration::from_millis(120);
+/// The same for a Pod of which nothing runs yet: that it is being started is worth a patch only if it takes a while.
+const STARTING_DELAY: SignedDuration = SignedDuration::from_secs(1);
 /// First and longest delay after a status report that failed, seconds.
 const REPORT_RETRY: (i64, i64) = (1, 30);
 
@@ -398,7 +400,8 @@ impl<E: Effects> Worker<E> {
         }
         if self.api.sent.as_ref() != Some(&current) && current != self.api.status {
             let changed_at = *self.api.changed_at.get_or_insert(now);
-            let due = changed_at + REPORT_DELAY;
+            let delay = if only_starts(base) && only_starts(&current) { STARTING_DELAY } else { REPORT_DELAY };
+            let due = changed_at + delay;
             // the end is reported once everything is cleared away, if that is quick: one patch instead of two
             let clearing = self.observed.final_phase.is_some() && !plan.ended;
             let starting = self.running.keys().any(|action| matches!(action, Action::Start(_)));
@@ -446,6 +449,17 @@ fn is_urgent(old: &PodStatus, new: &PodStatus, starting: bool) -> bool {
         || (ready(old) != ready(new) && (ready(new) || !starting))
 }
 
+/// Whether the Pod's containers are being made and none has run, succeeded or failed so far.
+fn only_starts(status: &PodStatus) -> bool {
+    let starts = |container: &ContainerStatus| {
+        let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
+        container.restart_count == 0
+            && waiting.is_some_and(|w| matches!(w.reason.as_deref(), Some("ContainerCreating" | "PodInitializing")))
+    };
+    matches!(status.phase.as_deref(), None | Some("Pending"))
+        && status.container_statuses.iter().chain(&status.init_container_statuses).flatten().all(starts)
+}
+
 fn earliest(times: [Option<Timestamp>; 2]) -> Option<Timestamp> {
     times.into_iter().flatten().min()
 }
@@ -458,7 +472,7 @@ fn is_older(version: Option<&str>, than: Option<&str>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::PodCondition;
+    use k8s_openapi::api::core::v1::{ContainerState, ContainerStateWaiting, PodCondition};
 
     use super::*;
 
@@ -479,5 +493,29 @@ mod tests {
         assert!(is_urgent(&unready, &ready, true));
         assert!(is_urgent(&ready, &status("Failed", "False"), true));
         assert!(!is_urgent(&status("Pending", "False"), &status("Pending", "False"), false));
+    }
+
+    #[test]
+    fn a_first_start_is_worth_a_patch_only_if_it_takes_a_while() {
+        let status = |phase: Option<&str>, reasons: &[&str]| PodStatus {
+            phase: phase.map(str::to_owned),
+            container_statuses: (!reasons.is_empty()).then(|| reasons.iter().map(|reason| waiting(reason)).collect()),
+            ..PodStatus::default()
+        };
+        assert!(only_starts(&PodStatus::default()), "nothing is known yet");
+        assert!(only_starts(&status(Some("Pending"), &["ContainerCreating", "PodInitializing"])));
+        assert!(!only_starts(&status(Some("Pending"), &["ContainerCreating", "ErrImagePull"])), "users look for that");
+        assert!(!only_starts(&status(Some("Running"), &["ContainerCreating"])));
+        let mut again = status(Some("Pending"), &["PodInitializing"]);
+        again.init_container_statuses = Some(vec![ContainerStatus { restart_count: 1, ..waiting("PodInitializing") }]);
+        assert!(!only_starts(&again));
+    }
+
+    fn waiting(reason: &str) -> ContainerStatus {
+        let state = ContainerStateWaiting { reason: Some(reason.to_owned()), message: None };
+        ContainerStatus {
+            state: Some(ContainerState { waiting: Some(state), ..ContainerState::default() }),
+            ..ContainerStatus::default()
+        }
     }
 }
