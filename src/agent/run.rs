@@ -30,6 +30,7 @@ use crate::node::{
 use crate::pod::model::Desired;
 use crate::resources::cgroup::enter_own_cgroup;
 use crate::source::{Origin, PodChange, api as api_source, origin};
+use crate::sys::heap;
 
 /// How long a standalone node waits for its Pod network.
 const NETWORK_WAIT: Duration = Duration::from_secs(10);
@@ -37,6 +38,7 @@ const NETWORK_WAIT: Duration = Duration::from_secs(10);
 /// Runs the agent; returns when it is told to stop.
 #[must_use]
 pub fn main(config: Config) -> ExitCode {
+    heap::limit();
     // before there are threads: they inherit it
     if config.nested
         && let Err(error) = enter_own_cgroup()

@@ -24,6 +24,7 @@ use super::progress::{Counter, INTERVAL, LayerState, ProgressSender, PullProgres
 use super::reference::{Reference, Target};
 use super::registry::{ATTEMPTS, Session, pause};
 use super::store::{Image, ImageStore, lock};
+use crate::sys::heap;
 
 /// Pieces of a download that wait for the unpacker: with pieces of at most some hundred KiB, a few MiB per layer.
 const PIECES: usize = 16;
@@ -225,6 +226,7 @@ impl Pull {
         spawn_blocking(move || publish_image(&committing, &committed, images, &layers, &manifest_bytes, &config))
             .await
             .map_err(|e| ImageError::pull(&name, format!("the commit was interrupted: {e}")))??;
+        drop(spawn_blocking(heap::release));
         Ok(Pulled { image, bytes: bytes + downloaded, duration: started.elapsed() })
     }
 

@@ -4,6 +4,7 @@
 pub mod child;
 pub mod confine;
 pub mod fork;
+pub mod heap;
 pub mod mountattr;
 pub mod scratch;
 pub mod watch;
