@@ -1,12 +1,18 @@
 //! Log files beyond the one that is written: the symbolic links that log collectors follow, and old rotations.
 
+use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fs::{self, File};
+use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use k8s_openapi::api::core::v1::Pod;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, sleep_until};
 
 /// `/var/log/containers/<pod>_<namespace>_<container>-<id>.log` (`legacyLogSymlink` in kubelet).
 pub(super) fn link(dir: &Path, pod: &Pod, container: &str, id: &str, log: &Path) -> io::Result<()> {
@@ -50,8 +56,50 @@ pub(super) fn remove_old(dir: &Path, attempt: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Rotated files that are to be compressed once it has become quieter: in a flood of lines most are gone before that, and
+/// need not be compressed. One batch at a time, so that no two of them write the same file.
+#[derive(Debug)]
+pub(super) struct Rotations {
+    /// `containerLogMonitorInterval`.
+    interval: Duration,
+    /// The newest of each log.
+    newest: BTreeMap<PathBuf, PathBuf>,
+    due: Option<Instant>,
+    running: Option<JoinHandle<()>>,
+}
+
+impl Rotations {
+    pub(super) fn new(interval: Duration) -> Self {
+        Self { interval, newest: BTreeMap::new(), due: None, running: None }
+    }
+
+    /// A file has been rotated.
+    pub(super) fn add(&mut self, rotated: PathBuf) {
+        self.due.get_or_insert_with(|| Instant::now() + self.interval);
+        // without the time
+        self.newest.insert(rotated.with_extension(""), rotated);
+    }
+
+    /// Begins to compress when it is time; for ever, and it may be dropped at any moment.
+    pub(super) async fn compress(&mut self) -> Infallible {
+        loop {
+            match self.due {
+                Some(due) => sleep_until(due).await,
+                None => pending().await,
+            }
+            if self.running.as_ref().is_some_and(|batch| !batch.is_finished()) {
+                self.due = Some(Instant::now() + self.interval);
+                continue;
+            }
+            self.due = None;
+            let batch = std::mem::take(&mut self.newest);
+            self.running = Some(spawn_blocking(move || batch.values().for_each(|rotated| compress_older(rotated))));
+        }
+    }
+}
+
 /// Compresses rotated files older than `rotated`, the newest one, which readers are most likely to want as it is.
-pub(super) fn compress_older(rotated: &Path) {
+fn compress_older(rotated: &Path) {
     if let Err(error) = try_compress_older(rotated) {
         tracing::warn!(file = %rotated.display(), %error, "older rotations of the log stay uncompressed");
     }
@@ -111,5 +159,36 @@ mod tests {
             fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         assert_eq!(names, ["1.log", "2.log"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_flood_leaves_is_compressed_when_it_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let mut rotations = Rotations::new(Duration::from_secs(10));
+        let started = Instant::now();
+        for (name, gone) in
+            [("0.log.20260101-000000", true), ("0.log.20260101-000000-0001", false), ("0.log.20260101-000001", false)]
+        {
+            if !gone {
+                fs::write(path(name), name).unwrap();
+            }
+            rotations.add(path(name));
+        }
+        fs::write(path("1.log.20260101-000000"), "another container").unwrap();
+        let begun = async {
+            tokio::select! {
+                never = rotations.compress() => match never {},
+                () = tokio::time::sleep(Duration::from_secs(11)) => {}
+            }
+        };
+        begun.await;
+        assert_eq!(started.elapsed(), Duration::from_secs(11));
+        rotations.running.take().unwrap().await.unwrap();
+        let mut names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["0.log.20260101-000000-0001.gz", "0.log.20260101-000001", "1.log.20260101-000000"]);
+        assert!(rotations.due.is_none() && rotations.newest.is_empty());
     }
 }

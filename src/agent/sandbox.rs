@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tokio::sync::broadcast;
 
+use super::logs::Rotations;
 use super::node::{Node, blocking};
 use super::termination;
 use crate::image::unmount_rootfs;
@@ -221,12 +222,15 @@ impl Node {
 
     /// Passes what a shim tells on to the Pod's worker, until the shim is gone.
     async fn forward(self: &Arc<Self>, uid: &str, mut events: broadcast::Receiver<ShimEvent>) {
+        let mut rotations = Rotations::new(self.config.kubelet.container_log_monitor_interval.into());
         loop {
-            match events.recv().await {
+            let event = tokio::select! {
+                event = events.recv() => event,
+                never = rotations.compress() => match never {},
+            };
+            match event {
                 Ok(ShimEvent::Exited(record)) => self.pods.runtime_event(uid, self.exited(uid, &record)),
-                Ok(ShimEvent::LogRotated { rotated, .. }) => {
-                    tokio::task::spawn_blocking(move || super::logs::compress_older(&rotated));
-                }
+                Ok(ShimEvent::LogRotated { rotated, .. }) => rotations.add(rotated),
                 Ok(ShimEvent::ExecExited { .. }) => {}
                 Ok(ShimEvent::Disconnected) | Err(broadcast::error::RecvError::Closed) => break,
                 Err(broadcast::error::RecvError::Lagged(_)) => {
