@@ -33,12 +33,13 @@ COPY .cargo .cargo
 COPY src src
 # The tests are targets of the manifest, so their sources have to be there.
 COPY tests tests
-COPY hack/sbom hack/sbom
+COPY hack/sbom hack/release.toml hack/
 ARG PROFILE=release
 RUN --mount=type=cache,id=gantry-target,target=/src/target \
     target=$(cat /target) \
  && if [ "$BUILDARCH" != amd64 ]; then export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER=x86_64-linux-gnu-gcc; fi \
- && cargo build --locked --profile $PROFILE --target $target --bin gantry \
+ && if [ $PROFILE = release ]; then config='--config hack/release.toml'; fi \
+ && cargo build --locked --profile $PROFILE --target $target --bin gantry ${config:-} \
  && install -D -m 755 target/$target/$(echo $PROFILE | sed 's/^dev$/debug/')/gantry /image/usr/bin/gantry \
  && hack/sbom /image/usr/share/sbom/gantry.cdx.json $target \
  && install -D -m 644 LICENSE /image/usr/share/doc/gantry/LICENSE \

@@ -16,7 +16,7 @@ setup: ## install what building needs (Debian, as root)
 
 .PHONY: build
 build: setup ## the release binary, target/release/gantry
-	cargo build --release --locked
+	cargo build --release --locked --config hack/release.toml
 	@hack/install-binary $(BINARY)
 
 .PHONY: cross
