@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -108,4 +109,38 @@ func TestMistakes(t *testing.T) {
 			}
 		})
 	}
+
+	quiet, err := strconv.Atoi(strings.TrimPrefix(quietNode(e), "node-"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Not by the agent whose node is looked at, and not told as if it were.
+	t.Run("clash of ports beside an agent", func(t *testing.T) {
+		out, errOut, err := e.Gantry(e.Ctx, quiet, "doctor", "--address=127.0.0.1", fmt.Sprintf("--port=%d", port))
+		if err == nil {
+			t.Errorf("gantry doctor finds nothing fatal")
+		}
+		seen := strings.Join(strings.Fields(out), " ")
+		for _, want := range []string{
+			fmt.Sprintf("FATAL port 127.0.0.1:%d is in use by process %d (firstlight.test), not by the agent that runs here", port, os.Getpid()),
+			"-> stop it (a kubelet: systemctl disable --now kubelet), or give this node another --port",
+		} {
+			if !strings.Contains(seen, want) {
+				t.Errorf("gantry doctor does not say %q:\n%s%s", want, out, errOut)
+			}
+		}
+	})
+	t.Run("the agent's own port", func(t *testing.T) {
+		program, err := e.Program()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := e.NodeDir(quiet)
+		// whether the node is fit otherwise is not asked
+		out, errOut, _ := e.NodeExec(e.Ctx, quiet, program, "doctor", "--config="+filepath.Join(dir, "config.yaml"), "--state-dir="+filepath.Join(dir, "run"))
+		seen := strings.Join(strings.Fields(out), " ")
+		if want := "ok port 0.0.0.0:10250 is served by the agent that runs here, process "; !strings.Contains(seen, want) {
+			t.Errorf("gantry doctor does not say %q:\n%s%s", want, out, errOut)
+		}
+	})
 }

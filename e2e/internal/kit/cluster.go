@@ -258,20 +258,37 @@ func (c *Cluster) Gantry(ctx context.Context, node int, args ...string) (stdout,
 	return c.GantryIn(ctx, filepath.Join(c.NodeDir(node), "run"), args...)
 }
 
-// GantryIn is Gantry with a state directory that no node of the cluster has.
-func (c *Cluster) GantryIn(ctx context.Context, stateDir string, args ...string) (stdout, stderr string, err error) {
+// Program is the file that the nodes run.
+func (c *Cluster) Program() (string, error) {
 	raw, err := os.ReadFile(filepath.Join(c.Dir(), "state.json"))
 	if err != nil {
-		return "", "", err
+		return "", err
 	}
 	var state struct {
 		GantryBinary string `json:"gantryBinary"`
 	}
-	if err := json.Unmarshal(raw, &state); err != nil {
+	err = json.Unmarshal(raw, &state)
+	return state.GantryBinary, err
+}
+
+// GantryIn is Gantry with a state directory that no node of the cluster has.
+func (c *Cluster) GantryIn(ctx context.Context, stateDir string, args ...string) (stdout, stderr string, err error) {
+	program, err := c.Program()
+	if err != nil {
 		return "", "", err
 	}
 	args = append([]string{args[0], "--state-dir=" + stateDir}, args[1:]...)
-	cmd := exec.CommandContext(ctx, state.GantryBinary, args...)
+	cmd := exec.CommandContext(ctx, program, args...)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	err = cmd.Run()
+	return out.String(), errOut.String(), err
+}
+
+// NodeExec runs a command in a node's network namespace; in the guest, if the
+// node is one.
+func (c *Cluster) NodeExec(ctx context.Context, node int, args ...string) (stdout, stderr string, err error) {
+	cmd := exec.CommandContext(ctx, script(), append([]string{"node-exec", "--name", c.Name, "--node", fmt.Sprint(node), "--"}, args...)...)
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	err = cmd.Run()

@@ -18,7 +18,6 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use self::finding::{Finding, Level, render};
 use super::client::block_on;
-use crate::agent::socket_path;
 use crate::config::{self, Config, Flags, Host};
 use crate::network::cni::{Cni, CniUse, Mode};
 
@@ -85,14 +84,14 @@ fn machine(config: &Config) -> Vec<Finding> {
     });
     let builtin = config.cni.policy != CniUse::Required;
     findings.push(kernel::nftables(crate::network::probe_nftables().map_err(|error| error.to_string()), builtin));
-    let ours = std::os::unix::net::UnixStream::connect(socket_path(&config.paths.state_dir)).is_ok();
+    let agent = ports::agent(&config.paths.state_dir);
     for (name, address, number, flag) in [
         ("port", &kubelet.address, kubelet.port, "--port"),
         ("healthz port", &kubelet.healthz_bind_address, kubelet.healthz_port, "--healthz-port"),
         ("read-only port", &kubelet.address, kubelet.read_only_port, "--read-only-port"),
     ] {
         if let (Ok(address), Ok(number @ 1..)) = (address.parse(), u16::try_from(number)) {
-            findings.push(ports::port(name, address, number, flag, ours));
+            findings.push(ports::port(name, address, number, flag, agent));
         }
     }
     let paths = &config.paths;
