@@ -14,7 +14,7 @@ use super::progress::Pulls;
 use super::records::Records;
 use super::run::Cluster;
 use crate::config::Config;
-use crate::image::{ImageError, ImageStore, Keyring, StoreConfig};
+use crate::image::{self, ImageError, ImageStore, Keyring, StoreConfig};
 use crate::network::dns::{NodeDns, ResolvConf};
 use crate::network::{Network, NetworkConfig};
 use crate::node::{NodeFacts, status};
@@ -41,6 +41,10 @@ pub(super) async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc
     let facts = cluster.facts.borrow().clone();
     let addresses: Vec<IpAddr> =
         facts.addresses.iter().filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
+    // every container would fail at it, one by one
+    image::probe_overlay().map_err(|error| {
+        format!("the kernel does not give overlayfs, on which containers run: {error}; {}", image::OVERLAY_REMEDY)
+    })?;
     let records =
         Records::open(&config.paths.state_dir).map_err(|error| format!("open the state directory: {error}"))?;
     if let Err(error) = records.mount_apart() {

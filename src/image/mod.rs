@@ -30,7 +30,7 @@ pub use digest::Digest;
 pub use error::ImageError;
 pub use gc::{Collected, GcPolicy};
 pub(crate) use import::is_called;
-pub use mount::{mount_read_only, mount_rootfs, unmount_rootfs};
+pub use mount::{OVERLAY_REMEDY, mount_read_only, mount_rootfs, probe_overlay, unmount_rootfs};
 pub use progress::{LayerProgress, LayerState, ProgressSender, PullProgress};
 pub use pull::Pulled;
 pub use reference::{Reference, Target};

@@ -21,6 +21,18 @@ use super::unpack::copy_directory_attributes;
 /// `OVERLAYFS_SUPER_MAGIC`.
 const OVERLAYFS: i64 = 0x794c_7630;
 
+/// What is to be done where [`probe_overlay`] does not find it.
+pub const OVERLAY_REMEDY: &str = "modprobe overlay, and write overlay to /etc/modules-load.d/gantry.conf; \
+    without the module take a kernel with CONFIG_OVERLAY_FS";
+
+/// Asks the kernel for overlayfs as mounting an image will. That loads its module, if there is one that is not loaded.
+///
+/// # Errors
+/// Why not: `ENODEV` if the kernel has none, `EPERM` without `CAP_SYS_ADMIN`.
+pub fn probe_overlay() -> io::Result<()> {
+    Ok(fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)?)
+}
+
 /// Mounts the image, with a writable layer on top, at the existing directory `target`.
 ///
 /// `upper` and `work` are made in `writable`, which must be on a file system that overlayfs accepts for them (not another

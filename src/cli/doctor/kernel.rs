@@ -1,9 +1,11 @@
 //! The kernel: version, features and limits.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use super::finding::Finding;
+use crate::image::OVERLAY_REMEDY;
 
 /// The oldest kernel that has all that is used (`mount_setattr`, overlayfs in the new mount API).
 const OLDEST: (u32, u32) = (5, 15);
@@ -32,19 +34,27 @@ pub fn version(release: &str) -> Finding {
     Finding::fatal("kernel", message, format!("boot Linux {major}.{minor} or newer"))
 }
 
+/// Whether the kernel mounts overlayfs. That it is not in `/proc/filesystems` says little: its module is loaded when it
+/// is first asked for.
+pub fn overlay(result: io::Result<()>) -> Finding {
+    const CHECK: &str = "overlayfs";
+    let Err(error) = result else { return Finding::ok(CHECK, "there") };
+    match error.raw_os_error() {
+        Some(nix::libc::ENODEV) => {
+            let message = "the kernel has no overlay file system, on which containers run";
+            Finding::fatal(CHECK, message, OVERLAY_REMEDY)
+        }
+        _ => Finding::fatal(
+            CHECK,
+            format!("the kernel does not give it: {error}"),
+            "run as root; in a container with --privileged, which also lifts its seccomp profile",
+        ),
+    }
+}
+
 /// Features, as `/proc` below `root` shows them.
 pub fn features(root: &Path) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let filesystems = fs::read_to_string(root.join("proc/filesystems")).unwrap_or_default();
-    findings.push(match filesystems.lines().any(|line| line.split_whitespace().last() == Some("overlay")) {
-        true => Finding::ok("overlayfs", "there"),
-        false => Finding::fatal(
-            "overlayfs",
-            "the kernel has no overlay file system, on which containers run",
-            "modprobe overlay, and write overlay to /etc/modules-load.d/gantry.conf; \
-             without the module take a kernel with CONFIG_OVERLAY_FS",
-        ),
-    });
     let missing: Vec<&str> = ["net", "ipc", "uts", "pid", "mnt", "cgroup", "user"]
         .into_iter()
         .filter(|kind| fs::symlink_metadata(root.join("proc/self/ns").join(kind)).is_err())
@@ -149,22 +159,29 @@ mod tests {
 
     #[test]
     fn a_kernel_without_features_is_told_which() {
-        let bare = root(&[("proc/filesystems", "nodev\ttmpfs\n\text4\n")]);
+        let bare = root(&[]);
         let findings = features(bare.path());
         assert!(findings.iter().all(|finding| finding.level == Level::Fatal), "{findings:?}");
-        assert!(findings[0].remedy.contains("modprobe overlay"));
-        assert!(findings[1].message.contains("net, ipc") && findings[1].remedy.contains("CONFIG_NET_NS"));
-        assert!(findings[2].remedy.contains("CONFIG_SECCOMP_FILTER"));
-        let mut files = vec![
-            ("proc/filesystems", "nodev\toverlay\n"),
-            ("proc/sys/kernel/seccomp/actions_avail", "kill_process errno allow\n"),
-        ];
+        assert!(findings[0].message.contains("net, ipc") && findings[0].remedy.contains("CONFIG_NET_NS"));
+        assert!(findings[1].remedy.contains("CONFIG_SECCOMP_FILTER"));
+        let mut files = vec![("proc/sys/kernel/seccomp/actions_avail", "kill_process errno allow\n")];
         let kinds = ["net", "ipc", "uts", "pid", "mnt", "cgroup"].map(|kind| format!("proc/self/ns/{kind}"));
         files.extend(kinds.iter().map(|path| (path.as_str(), "")));
         let levels: Vec<Level> = features(root(&files).path()).iter().map(|finding| finding.level).collect();
-        assert_eq!(levels, [Level::Ok, Level::Warning, Level::Ok]);
+        assert_eq!(levels, [Level::Warning, Level::Ok]);
         files.push(("proc/self/ns/user", ""));
         assert!(features(root(&files).path()).iter().all(|finding| finding.level == Level::Ok));
+    }
+
+    #[test]
+    fn overlayfs_is_asked_of_the_kernel() {
+        assert_eq!(overlay(Ok(())).level, Level::Ok);
+        let none = overlay(Err(io::Error::from_raw_os_error(nix::libc::ENODEV)));
+        assert_eq!(none.level, Level::Fatal);
+        assert!(none.message.contains("no overlay file system") && none.remedy.starts_with("modprobe overlay"));
+        let refused = overlay(Err(io::Error::from_raw_os_error(nix::libc::EPERM)));
+        assert_eq!(refused.level, Level::Fatal);
+        assert!(refused.message.contains("not permitted") && refused.remedy.contains("--privileged"));
     }
 
     #[test]

@@ -50,6 +50,7 @@ async fn examine(matches: &ArgMatches) -> Vec<Finding> {
         kernel::privileges(nix::unistd::geteuid().is_root(), admin),
         kernel::version(&rustix::system::uname().release().to_string_lossy()),
     ];
+    findings.push(kernel::overlay(crate::image::probe_overlay()));
     findings.extend(kernel::features(Path::new("/")));
     findings.extend(kernel::limits(Path::new("/")));
     match load(matches) {
