@@ -1,5 +1,6 @@
 //! Cgroups: which version, which controllers, and whether they are ours to use.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -11,18 +12,22 @@ const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
 /// Without these a part of their resources is not limited or counted.
 const WANTED: [&str; 3] = ["cpuset", "io", "hugetlb"];
 
+const READ_ONLY: &str = "mount it writable: in a container run it with --privileged and --cgroupns=private; \
+     in a systemd unit leave out ProtectControlGroups=";
+
 /// Version 2, at `mount`; `root` is `cgroupRoot`, absolute in the hierarchy.
 pub fn unified(mount: &Path, root: &str, writable: impl Fn(&Path) -> bool) -> Vec<Finding> {
     let base = mount.join(root.trim_start_matches('/'));
     let mut findings = Vec::new();
     let existing = base.ancestors().find(|path| path.is_dir()).unwrap_or(mount);
-    let text = fs::read_to_string(existing.join("cgroup.controllers")).unwrap_or_default();
+    // from there on down the agent enables them itself
+    let text = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
     let has = |name: &&str| text.split_whitespace().any(|word| word == *name);
     let missing: Vec<&str> = NEEDED.into_iter().filter(|name| !has(name)).collect();
     if !missing.is_empty() {
         findings.push(Finding::fatal(
             CHECK,
-            format!("controllers {} are not available in {}", missing.join(", "), existing.display()),
+            format!("controllers {} are not available in {}", missing.join(", "), mount.display()),
             "delegate them: in a container run it with --privileged and its own cgroup namespace (--cgroupns=private); \
              in a systemd unit set Delegate=yes; on the machine check cgroup_disable= on the kernel's command line",
         ));
@@ -34,8 +39,7 @@ pub fn unified(mount: &Path, root: &str, writable: impl Fn(&Path) -> bool) -> Ve
     }
     if !writable(&existing.join("cgroup.subtree_control")) {
         let message = format!("{} is read-only: Pods' cgroups cannot be made", existing.display());
-        let remedy = "mount it writable: in a container run it with --privileged and --cgroupns=private";
-        findings.push(Finding::fatal(CHECK, message, remedy));
+        findings.push(Finding::fatal(CHECK, message, READ_ONLY));
     }
     if findings.is_empty() {
         findings.push(Finding::ok(CHECK, "version 2, all controllers"));
@@ -44,7 +48,7 @@ pub fn unified(mount: &Path, root: &str, writable: impl Fn(&Path) -> bool) -> Ve
 }
 
 /// Version 1: `/proc/self/mountinfo`, and whether the configuration refuses it (`failCgroupV1`).
-pub fn legacy(mountinfo: &str, refused: bool) -> Vec<Finding> {
+pub fn legacy(mountinfo: &str, refused: bool, writable: impl Fn(&Path) -> bool) -> Vec<Finding> {
     if refused {
         return vec![Finding::fatal(
             CHECK,
@@ -52,17 +56,24 @@ pub fn legacy(mountinfo: &str, refused: bool) -> Vec<Finding> {
             "boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line, or set failCgroupV1: false",
         )];
     }
-    let mounted = |controller: &&str| {
-        mountinfo.lines().any(|line| {
-            let Some((_, tail)) = line.split_once(" - cgroup ") else { return false };
-            tail.rsplit(' ').next().is_some_and(|options| options.split(',').any(|option| option == *controller))
+    let mounted = |controller: &str| {
+        mountinfo.lines().find_map(|line| {
+            let (left, right) = line.split_once(" - cgroup ")?;
+            let has = right.rsplit(' ').next()?.split(',').any(|option| option == controller);
+            has.then(|| left.split(' ').nth(4)).flatten()
         })
     };
     let needed = ["cpu", "cpuacct", "memory", "pids", "devices", "freezer"];
-    let missing: Vec<&str> = needed.into_iter().filter(|controller| !mounted(controller)).collect();
+    let missing: Vec<&str> = needed.into_iter().filter(|controller| mounted(controller).is_none()).collect();
     if !missing.is_empty() {
         let remedy = "mount each controller's tree below /sys/fs/cgroup, or boot with cgroup v2";
         return vec![Finding::fatal(CHECK, format!("controllers {} are not mounted", missing.join(", ")), remedy)];
+    }
+    let places: BTreeSet<&str> = needed.into_iter().filter_map(mounted).collect();
+    let read_only: Vec<&str> = places.into_iter().filter(|place| !writable(Path::new(place))).collect();
+    if !read_only.is_empty() {
+        let message = format!("read-only, so that Pods' cgroups cannot be made: {}", read_only.join(", "));
+        return vec![Finding::fatal(CHECK, message, READ_ONLY)];
     }
     vec![Finding::warning(
         CHECK,
@@ -90,9 +101,10 @@ mod tests {
         let none = tree("");
         let findings = unified(none.path(), "/pods/deep/er", |_| false);
         assert_eq!(findings.len(), 2);
-        assert!(findings[0].message.contains("cpu, memory, pids") && findings[0].message.contains("/pods"));
+        assert!(findings[0].message.contains("cpu, memory, pids"));
+        assert!(findings[0].message.ends_with(&none.path().display().to_string()));
         assert!(findings[0].remedy.contains("Delegate=yes") && findings[0].remedy.contains("--privileged"));
-        assert!(findings[1].message.contains("read-only"));
+        assert!(findings[1].message.contains("/pods is read-only"));
         assert!(findings.iter().all(|finding| finding.level == Level::Fatal));
         let some = tree("cpu memory pids cpuset");
         let findings = unified(some.path(), "/", |_| true);
@@ -100,17 +112,24 @@ mod tests {
         assert!(findings[0].message.contains("io, hugetlb"));
         let all = tree("cpuset cpu io memory hugetlb pids rdma misc");
         assert_eq!(unified(all.path(), "/", |_| true)[0].level, Level::Ok);
+        // the agent enables for it what is there above
+        fs::write(all.path().join("pods/cgroup.controllers"), "").unwrap();
+        assert_eq!(unified(all.path(), "/pods", |_| true)[0].level, Level::Ok);
     }
 
     #[test]
     fn version_1_has_to_be_allowed_and_mounted() {
         let line = |names: &str| format!("30 25 0:26 / /sys/fs/cgroup/x rw,nosuid - cgroup cgroup rw,{names}\n");
         let all = ["cpu,cpuacct", "memory", "pids", "devices", "freezer"].map(line).concat();
-        let refused = &legacy(&all, true)[0];
+        let refused = &legacy(&all, true, |_| true)[0];
         assert_eq!(refused.level, Level::Fatal);
         assert!(refused.remedy.contains("failCgroupV1: false"));
-        assert_eq!(legacy(&all, false)[0].level, Level::Warning);
-        let some = &legacy(&line("memory"), false)[0];
+        assert_eq!(legacy(&all, false, |_| true)[0].level, Level::Warning);
+        let read_only = &legacy(&all, false, |_| false)[0];
+        assert_eq!(read_only.level, Level::Fatal);
+        assert!(read_only.message.starts_with("read-only") && read_only.message.ends_with(": /sys/fs/cgroup/x"));
+        assert!(read_only.remedy.contains("--privileged"));
+        let some = &legacy(&line("memory"), false, |_| true)[0];
         assert_eq!(some.level, Level::Fatal);
         assert!(some.message.contains("cpu, cpuacct, pids, devices, freezer"));
     }

@@ -81,7 +81,10 @@ fn machine(config: &Config) -> Vec<Finding> {
     let kubelet = &config.kubelet;
     findings.extend(match Host::read() {
         Ok(host) if host.cgroup_v2 => cgroups::unified(Path::new("/sys/fs/cgroup"), &kubelet.cgroup_root, writable),
-        _ => cgroups::legacy(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default(), kubelet.fail_cgroup_v1),
+        _ => {
+            let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+            cgroups::legacy(&mountinfo, kubelet.fail_cgroup_v1, writable)
+        }
     });
     let builtin = config.cni.policy != CniUse::Required;
     findings.push(kernel::nftables(crate::network::probe_nftables().map_err(|error| error.to_string()), builtin));

@@ -37,7 +37,7 @@ const REMOVE_DEADLINE: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// A file operation failed.
-    #[error("cannot {action} {path}: {source}")]
+    #[error("cannot {action} {path}: {source}{}", remedy(source))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -47,7 +47,7 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// The kernel did not take a value, for example a limit that conflicts with one above or below.
-    #[error("cannot write {value:?} to {path}: {source}")]
+    #[error("cannot write {value:?} to {path}: {source}{}", remedy(source))]
     Write {
         /// The value.
         value: String,
@@ -58,7 +58,7 @@ pub enum CgroupError {
     },
     /// The kernel, or the cgroup above the node's tree, does not offer a controller that Pods need.
     #[error(
-        "cgroup controller {controller:?} is missing at {path}: enable it on the kernel command line, or delegate it to this service"
+        "cgroup controller {controller:?} is missing at {path}: delegate it (in a systemd unit Delegate=yes, in a container --privileged and --cgroupns=private), or enable it on the kernel's command line"
     )]
     MissingController {
         /// Name of the controller.
@@ -90,6 +90,16 @@ pub enum CgroupError {
         /// The directory at which removal stopped.
         path: PathBuf,
     },
+}
+
+/// What mends it, where that does not follow from the error.
+fn remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "; mount it writable: in a container run it with --privileged and --cgroupns=private"
+        }
+        _ => "",
+    }
 }
 
 impl CgroupError {
