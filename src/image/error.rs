@@ -86,7 +86,7 @@ pub enum ImageError {
         detail: String,
     },
     /// A call of the operating system failed on the store. Transient (disk full, file handles).
-    #[error("image store: {action} {}: {source}", path.display())]
+    #[error("image store: {action} {}: {source}{}", path.display(), remedy(source))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -117,6 +117,16 @@ pub enum ImageError {
         /// Bytes that were freed.
         freed: u64,
     },
+}
+
+/// What mends it, where that does not follow from the error.
+pub(super) fn remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; make room there, or move the store to a larger disk with --data-dir"
+        }
+        _ => "",
+    }
 }
 
 impl ImageError {

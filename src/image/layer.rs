@@ -11,9 +11,9 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use tokio::sync::mpsc;
 
 use super::digest::{Digest, Hasher};
-use super::error::ImageError;
+use super::error::{ImageError, remedy};
 use super::layout::{LayerUsage, Layout, Staging};
-use super::unpack::{DIRECTORY, Unpacked, copy_directory_attributes, unpack_layer};
+use super::unpack::{DIRECTORY, UnpackError, Unpacked, copy_directory_attributes, unpack_layer};
 
 /// Reads ahead of the tar reader; also the size of the pieces in which files are written.
 const BUFFER: usize = 256 << 10;
@@ -43,18 +43,22 @@ pub(super) fn unpack_blob(
     fs::create_dir_all(&diff).map_err(ImageError::io("create", &diff))?;
     let root = File::open(&diff).map_err(ImageError::io("open", &diff))?;
     rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(ImageError::errno("chmod", &diff))?;
-    let decoder = Decoder::detect(reader).map_err(|e| failed(e.to_string()))?;
-    let mut hashed = Hashed { inner: decoder, hash: diff_id.hasher() };
-    let Unpacked { bytes, inodes, implied } = unpack_layer(BufReader::with_capacity(BUFFER, &mut hashed), root.as_fd())
-        .map_err(|error| match error {
-            // The node's trouble, not the layer's.
-            error if error.is_transient() => ImageError::Pull {
+    let explain = |error: UnpackError| match error {
+        // The node's trouble, not the layer's.
+        error if error.is_transient() => {
+            let (place, mend) = (staging.path.display(), error.os_error().map_or("", remedy));
+            ImageError::Pull {
                 name: name.to_owned(),
-                detail: format!("failed to extract layer {layer}: {error}"),
+                detail: format!("failed to extract layer {layer} to {place}: {error}{mend}"),
                 transient: true,
-            },
-            error => failed(error.to_string()),
-        })?;
+            }
+        }
+        error => failed(error.to_string()),
+    };
+    let decoder = Decoder::detect(reader).map_err(|error| explain(UnpackError::Read(error)))?;
+    let mut hashed = Hashed { inner: decoder, hash: diff_id.hasher() };
+    let Unpacked { bytes, inodes, implied } =
+        unpack_layer(BufReader::with_capacity(BUFFER, &mut hashed), root.as_fd()).map_err(explain)?;
     let actual = hashed.hash.finish();
     if actual != *diff_id {
         return Err(failed(format!(

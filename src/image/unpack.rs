@@ -57,7 +57,7 @@ pub enum UnpackError {
     },
     /// The file system is nearly full.
     #[error(
-        "not enough space: {available} bytes and {inodes} inodes left; free some or let image garbage collection do it"
+        "not enough space: {available} bytes and {inodes} inodes left; make room there, or move the store to a larger disk with --data-dir"
     )]
     NoSpace {
         /// Bytes left.
@@ -70,15 +70,26 @@ pub enum UnpackError {
 impl UnpackError {
     /// Whether the same layer may unpack when the node has more disk, memory or file handles.
     pub fn is_transient(&self) -> bool {
+        let code = |source: &io::Error| source.raw_os_error().map(Errno::from_raw_os_error);
         match self {
             Self::NoSpace { .. } => true,
             Self::Io { source, .. } => matches!(
-                source.raw_os_error().map(Errno::from_raw_os_error),
+                code(source),
                 Some(
                     Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::ROFS
                 )
             ),
-            Self::Read(_) | Self::Entry { .. } => false,
+            // a download is written to the store while it is read
+            Self::Read(source) => matches!(code(source), Some(Errno::NOSPC | Errno::DQUOT)),
+            Self::Entry { .. } => false,
+        }
+    }
+
+    /// What the operating system said.
+    pub(super) fn os_error(&self) -> Option<&io::Error> {
+        match self {
+            Self::Io { source, .. } | Self::Read(source) => Some(source),
+            Self::Entry { .. } | Self::NoSpace { .. } => None,
         }
     }
 }

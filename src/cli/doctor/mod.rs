@@ -99,9 +99,11 @@ fn machine(config: &Config) -> Vec<Finding> {
         }
     }
     let paths = &config.paths;
-    for (path, flag) in [(&paths.data_dir, "--data-dir"), (&paths.root_dir, "--root-dir")] {
+    for (path, of) in
+        [(&paths.data_dir, storage::DATA), (&paths.root_dir, storage::ROOT), (&paths.state_dir, storage::STATE)]
+    {
         match storage::space(path) {
-            Ok((space, _)) => findings.push(storage::disk(path, flag, space)),
+            Ok((space, _)) => findings.push(storage::disk(path, of, space)),
             Err(error) => findings.push(Finding::fatal("disk", format!("{}: {error}", path.display()), "mount it")),
         }
     }

@@ -69,7 +69,11 @@ fn taken(
         }
         (None, _) => {
             let message = format!("{socket} is in use by a process that cannot be seen from here");
-            Finding::fatal(name, message, format!("look for it as root with ss -ltnp, outside of this container if it is one; {remedy}"))
+            Finding::fatal(
+                name,
+                message,
+                format!("look for it as root with ss -ltnp, outside of this container if it is one; {remedy}"),
+            )
         }
     }
 }

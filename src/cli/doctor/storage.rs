@@ -9,10 +9,30 @@ const CHECK: &str = "disk";
 const TMPFS: i64 = 0x0102_1994;
 /// Below this part of the disk, in percent, kubelet's default threshold evicts Pods (`nodefs.available<10%`).
 const EVICTION_PERCENT: u64 = 10;
-/// Below this nothing sensible can be pulled: bytes.
-const LEAST_BYTES: u64 = 512 << 20;
 
+const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+
+/// What a directory is for.
+#[derive(Debug, Clone, Copy)]
+pub struct Use {
+    /// The flag that names it.
+    pub flag: &'static str,
+    /// Bytes without which nothing sensible fits.
+    pub least: u64,
+    /// What does not work then.
+    pub lost: &'static str,
+    /// Whether Pods are evicted when it becomes full.
+    pub evicts: bool,
+}
+
+/// Images, and what containers write.
+pub const DATA: Use = Use { flag: "--data-dir", least: 512 * MIB, lost: "images cannot be pulled", evicts: true };
+/// Volumes.
+pub const ROOT: Use =
+    Use { flag: "--root-dir", least: 512 * MIB, lost: "volumes of Pods cannot be written", evicts: true };
+/// Records of running Pods: some kilobytes each.
+pub const STATE: Use = Use { flag: "--state-dir", least: 16 * MIB, lost: "Pods cannot be started", evicts: false };
 
 /// What a file system has.
 #[derive(Debug, Clone, Copy)]
@@ -42,17 +62,18 @@ pub fn space(path: &Path) -> std::io::Result<(Space, bool)> {
     Ok((space, tmpfs))
 }
 
-/// The disk of images and containers, or of volumes.
-pub fn disk(path: &Path, flag: &str, space: Space) -> Finding {
-    let (name, gib) = (path.display(), |bytes: u64| format!("{}.{} GiB", bytes / GIB, bytes % GIB * 10 / GIB));
+/// The disk of a directory.
+pub fn disk(path: &Path, of: Use, space: Space) -> Finding {
+    let (name, flag) = (path.display(), of.flag);
     let percent = |free: u64, all: u64| {
         if all == 0 { 100 } else { u64::try_from(u128::from(free) * 100 / u128::from(all)).unwrap_or(100) }
     };
     let (free, inodes) = (percent(space.free, space.bytes), percent(space.free_inodes, space.inodes));
     let remedy = format!("remove what is not needed, or move it to a larger disk with {flag}");
-    let message = format!("{name}: {} free, {free} %", gib(space.free));
-    if space.free < LEAST_BYTES {
-        return Finding::fatal(CHECK, format!("{message}: images cannot be pulled"), remedy);
+    let message = format!("{name}: {} free, {free} %", size(space.free));
+    if space.free < of.least {
+        let message = format!("{message}, and {} are needed: {}", size(of.least), of.lost);
+        return Finding::fatal(CHECK, message, remedy);
     }
     if inodes < 5 {
         let message = format!("{name}: {inodes} % of inodes are free");
@@ -62,7 +83,7 @@ pub fn disk(path: &Path, flag: &str, space: Space) -> Finding {
             format!("remove small files, or move it to another file system with {flag}"),
         );
     }
-    if free < EVICTION_PERCENT {
+    if of.evicts && free < EVICTION_PERCENT {
         return Finding::warning(
             CHECK,
             format!("{message}: Pods may be evicted (evictionHard nodefs.available)"),
@@ -70,6 +91,13 @@ pub fn disk(path: &Path, flag: &str, space: Space) -> Finding {
         );
     }
     Finding::ok(CHECK, message)
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..GIB => format!("{} MiB", bytes / MIB),
+        _ => format!("{}.{} GiB", bytes / GIB, bytes % GIB * 10 / GIB),
+    }
 }
 
 /// The directory of running Pods.
@@ -93,18 +121,22 @@ mod tests {
     fn full_disks_are_told() {
         let plenty = Space { bytes: 100 * GIB, free: 50 * GIB, inodes: 1000, free_inodes: 900 };
         let path = Path::new("/var/lib/gantry");
-        let ok = disk(path, "--data-dir", plenty);
+        let ok = disk(path, DATA, plenty);
         assert_eq!(ok.level, Level::Ok);
         assert_eq!(ok.message, "/var/lib/gantry: 50.0 GiB free, 50 %");
-        let full = disk(path, "--data-dir", Space { free: 1 << 20, ..plenty });
+        let full = disk(path, DATA, Space { free: 1 << 20, ..plenty });
         assert_eq!(full.level, Level::Fatal);
-        assert!(full.message.contains("images cannot be pulled") && full.remedy.contains("--data-dir"));
-        let nearly = disk(path, "--data-dir", Space { free: 9 * GIB, ..plenty });
+        assert_eq!(full.message, "/var/lib/gantry: 1 MiB free, 0 %, and 512 MiB are needed: images cannot be pulled");
+        assert!(full.remedy.contains("--data-dir"));
+        let volumes = disk(path, ROOT, Space { free: 1 << 20, ..plenty });
+        assert!(volumes.message.contains("volumes of Pods") && volumes.remedy.contains("--root-dir"));
+        assert_eq!(disk(path, STATE, Space { bytes: GIB, free: GIB / 20, ..plenty }).level, Level::Ok);
+        let nearly = disk(path, DATA, Space { free: 9 * GIB, ..plenty });
         assert_eq!(nearly.level, Level::Warning);
         assert!(nearly.message.contains("evictionHard"));
-        let files = disk(path, "--data-dir", Space { free_inodes: 10, ..plenty });
+        let files = disk(path, DATA, Space { free_inodes: 10, ..plenty });
         assert_eq!(files.message, "/var/lib/gantry: 1 % of inodes are free");
-        assert_eq!(disk(path, "--data-dir", Space { inodes: 0, free_inodes: 0, ..plenty }).level, Level::Ok);
+        assert_eq!(disk(path, DATA, Space { inodes: 0, free_inodes: 0, ..plenty }).level, Level::Ok);
     }
 
     #[test]
