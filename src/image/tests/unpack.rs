@@ -111,6 +111,14 @@ fn keeps_all_attributes() {
 }
 
 #[test]
+fn a_full_disk_is_not_taken_for_a_bad_layer() {
+    // a download is written to the store while it is read
+    let read = |errno: rustix::io::Errno| UnpackError::Read(errno.into());
+    assert!(read(rustix::io::Errno::NOSPC).is_transient());
+    assert!(!read(rustix::io::Errno::IO).is_transient(), "a damaged blob is downloaded again");
+}
+
+#[test]
 fn whiteouts_become_overlayfs_ones() {
     let sandbox = Sandbox::new();
     let unpacked = sandbox
