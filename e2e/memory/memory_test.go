@@ -1,6 +1,7 @@
 // Package memory holds what only the memory controller of cgroup v2 can do:
 // throttling and protection by request (KEP-2570), swap (KEP-2400), and killing
-// one process instead of a container.
+// one process instead of a container; and what a node says of controllers that
+// it was not given.
 //
 //	go test ./memory     on this machine if it has pure cgroup v2, otherwise in a guest (hack/guest)
 package memory
@@ -11,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -26,8 +26,7 @@ const throttling = 0.8
 
 func TestMain(m *testing.M) {
 	nodes := []string{"--nodes=0", "--guest-nodes=1", "--guest-swap=1024", "--timeout=5m"}
-	var fs unix.Statfs_t
-	if err := unix.Statfs("/sys/fs/cgroup", &fs); err == nil && fs.Type == unix.CGROUP2_SUPER_MAGIC {
+	if native() {
 		nodes = []string{"--nodes=1"}
 	}
 	kit.Main(m, append(nodes, "--kubelet-config=kubelet-config.yaml")...)
