@@ -38,7 +38,7 @@ sh -c 'echo $$ >'$top'/inner/cgroup.procs && exec unshare --cgroup --mount sh -e
 	}
 	for name, wants := range map[string][]string{
 		"doctor": {"FATAL cgroups controllers cpu, memory, pids are not available in /sys/fs/cgroup", "-> delegate them: in a container run it with --privileged and its own cgroup namespace (--cgroupns=private); in a systemd unit set Delegate=yes"},
-		"agent":  {`open the cgroup tree: cgroup controller "cpu" is missing at /sys/fs/cgroup: delegate it (in a systemd unit Delegate=yes, in a container --privileged and --cgroupns=private)`},
+		"agent":  {`open the cgroup tree: cgroup controller "memory" is missing at /sys/fs/cgroup: delegate it (in a systemd unit Delegate=yes, in a container --privileged and --cgroupns=private)`},
 	} {
 		args := append([]string{"sh", "-ec", script, "sh", program, name}, flags...)
 		out, errOut, err := e.NodeExec(e.Ctx, 1, args...)

@@ -13,9 +13,11 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use super::CgroupError;
 
 pub(super) const MOUNT_POINT: &str = "/sys/fs/cgroup";
-/// Version 2 controllers that are enabled down the path, with whether Pods cannot run without.
+/// Version 2 controllers that are enabled down the path, with whether Pods cannot run without. Memory first: a cgroup
+/// with processes refuses it (`EBUSY`), but takes cpu and pids, and is then the root of threaded ones, which the others
+/// cannot be enabled for.
 const UNIFIED_CONTROLLERS: [(&str, bool); 6] =
-    [("cpu", true), ("memory", true), ("pids", true), ("cpuset", false), ("io", false), ("hugetlb", false)];
+    [("memory", true), ("cpu", true), ("pids", true), ("cpuset", false), ("io", false), ("hugetlb", false)];
 /// Version 1 controllers in which Pods get a directory: those that libcontainer puts containers in.
 const LEGACY_CONTROLLERS: [&str; 12] = [
     "cpu",

@@ -4,10 +4,15 @@
 //! second node there would take the first one's `kubepods` for its own, and end the Pods in it.
 
 use std::fs;
+use std::io;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use rustix::fs::CWD;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsmount, fsopen, move_mount,
+};
 
 use super::CgroupError;
 use super::hierarchy::{Hierarchy, MOUNT_POINT};
@@ -23,10 +28,20 @@ pub fn enter_own_cgroup() -> Result<(), CgroupError> {
     if !Hierarchy::discover()?.is_unified() {
         return only_own(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?);
     }
-    let failed = |action, errno: nix::errno::Errno| CgroupError::io(action, Path::new(MOUNT_POINT), errno.into());
-    unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| failed("enter a cgroup namespace for", errno))?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("cgroup2"), MOUNT_POINT, Some("cgroup2"), flags, None::<&str>).map_err(|errno| failed("mount", errno))
+    let failed = |action, source: io::Error| CgroupError::io(action, Path::new(MOUNT_POINT), source);
+    unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| failed("enter a cgroup namespace for", errno.into()))?;
+    mount_own().map_err(|errno| failed("mount", errno.into()))
+}
+
+/// Mounts what this process's cgroup namespace shows. By parts, because mount(2) refuses a file system on a mount of
+/// itself with `EBUSY`, and version 2 is one file system whatever part of it a mount shows.
+fn mount_own() -> rustix::io::Result<()> {
+    let context = fsopen("cgroup2", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(context.as_fd())?;
+    let attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    move_mount(mount.as_fd(), "", CWD, MOUNT_POINT, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
 /// Whether the version 1 trees below the mount point show no more than this process's own cgroup.
