@@ -1,6 +1,5 @@
 //! The local socket, and the node as somebody at this machine sees it ([`LocalApi`]).
 
-use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -194,13 +193,7 @@ impl LocalNode {
 
     /// Removes an image that no container has.
     async fn drop_image(&self, reference: String) -> Result<(), LocalError> {
-        let views = self.node.pods.views();
-        let ids = views
-            .iter()
-            .flat_map(|view| view.observed.containers.values())
-            .filter_map(|facts| Some(facts.current.as_ref()?.image_id.clone()));
-        let in_use: HashSet<String> =
-            ids.filter_map(|id| self.node.images.resolve(&id).ok().flatten().map(|image| image.id.clone())).collect();
+        let in_use = self.node.images_in_use();
         let (images, name) = (self.node.images.clone(), reference.clone());
         let removed = tokio::task::spawn_blocking(move || images.remove(&name, &in_use)).await;
         match removed.map_err(|error| LocalError::Internal(error.to_string()))? {

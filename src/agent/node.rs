@@ -1,6 +1,6 @@
 //! The node's parts, and the [`Effects`] that Pod workers act through.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -120,6 +120,17 @@ impl Node {
     #[must_use]
     pub fn kubelet_dir(&self, uid: &str) -> PathBuf {
         self.config.paths.root_dir.join("pods").join(uid)
+    }
+
+    /// The IDs of images that containers have. Those of a Pod that is torn down have none any more.
+    pub(super) fn images_in_use(&self) -> HashSet<String> {
+        let views = self.pods.views();
+        let containers =
+            views.iter().filter(|view| !view.observed.torn_down).flat_map(|view| view.observed.containers.values());
+        containers
+            .filter_map(|facts| self.images.resolve(&facts.current.as_ref()?.image_id).ok().flatten())
+            .map(|image| image.id.clone())
+            .collect()
     }
 
     /// Where a Pod's containers keep what they write.

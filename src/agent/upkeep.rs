@@ -1,6 +1,6 @@
 //! What keeps a running node up to date: its address ranges, API-backed volumes, the image store.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
@@ -168,15 +168,7 @@ async fn collect_images(node: &Arc<Node>) {
         min_age: kubelet.image_minimum_gc_age.std(),
         max_age: Some(kubelet.image_maximum_gc_age.std()).filter(|age| !age.is_zero()),
     };
-    let in_use: HashSet<String> = node
-        .pods
-        .views()
-        .iter()
-        .flat_map(|view| view.observed.containers.values())
-        .filter_map(|facts| node.images.resolve(&facts.current.as_ref()?.image_id).ok().flatten())
-        .map(|image| image.id.clone())
-        .collect();
-    if let Err(error) = node.images.collect_garbage(&in_use, policy).await {
+    if let Err(error) = node.images.collect_garbage(&node.images_in_use(), policy).await {
         node.events.node_event(crate::node::EventType::Warning, "ImageGCFailed", error.to_string());
     }
 }
