@@ -46,8 +46,11 @@ impl Records {
         Ok(Self { pods_dir, written: Mutex::default() })
     }
 
-    /// Makes the directory of all Pods a private mount, so that whoever needs only one Pod's mounts can do away with all
+    /// Makes the directory of all Pods a mount of its own, so that whoever needs only one Pod's mounts can do away with all
     /// others at once. Blocking.
+    ///
+    /// It is a peer of no other mount, or what is mounted in it would be mounted twice; but containers that watch the
+    /// node's mounts (hostPath with HostToContainer) hear of those that go, and hold none of a Pod that is gone.
     ///
     /// Not if something is mounted there already, in the life of an agent that did not do this: those mounts would be
     /// hidden. Then all works as well, only slower.
@@ -57,7 +60,10 @@ impl Records {
             return Ok(());
         }
         mount(Some(&directory), &directory, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-        Ok(mount(None::<&str>, &directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?)
+        for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+            mount(None::<&str>, &directory, None::<&str>, propagation, None::<&str>)?;
+        }
+        Ok(())
     }
 
     /// The directory of one Pod.

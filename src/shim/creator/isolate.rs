@@ -6,10 +6,13 @@
 use std::io;
 use std::path::Path;
 
+use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+
+use crate::sys::mountattr::{MountAttributes, mount_setattr};
 
 /// Moves the calling thread into a mount namespace in which no mount of another Pod is.
 ///
@@ -23,6 +26,7 @@ pub(super) fn leave_other_pods(pod_dir: &Path) -> io::Result<()> {
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     let own = open_tree(CWD, pod_dir, flags)?;
+    mount_setattr(&own, &MountAttributes { propagation: libc::MS_PRIVATE, recursive: true, ..Default::default() })?;
     unshare(CloneFlags::CLONE_NEWNS)?;
     // or unmounting would propagate to the node
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?;
@@ -61,10 +65,16 @@ mod tests {
         }
     }
 
-    /// The mount points that a thread has which called [`leave_other_pods`].
-    fn seen_after(pod_dir: &Path) -> Vec<PathBuf> {
+    /// The mount points that a thread has which called [`leave_other_pods`], and then mounted something at `late`.
+    fn seen_after(pod_dir: &Path, late: Option<PathBuf>) -> Vec<PathBuf> {
         let pod_dir = pod_dir.to_owned();
-        let leave = move || leave_other_pods(&pod_dir).map(|()| points());
+        let leave = move || -> io::Result<Vec<PathBuf>> {
+            leave_other_pods(&pod_dir)?;
+            if let Some(late) = late {
+                mount(Some("tmpfs"), &late, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+            }
+            Ok(points())
+        };
         std::thread::spawn(leave).join().unwrap().unwrap()
     }
 
@@ -79,7 +89,7 @@ mod tests {
 
         let mut mounts = Mounts(Vec::new());
         mounts.add("tmpfs", Some("tmpfs"), &root.join("pods/own/shm/inner"), MsFlags::empty());
-        assert!(seen_after(&own).contains(&own.join("shm/inner")), "without a mount of its own nothing is done");
+        assert!(seen_after(&own, None).contains(&own.join("shm/inner")), "without a mount of its own nothing is done");
         drop(mounts);
 
         let mut mounts = Mounts(Vec::new());
@@ -88,14 +98,17 @@ mod tests {
         mount(None::<&str>, &pods, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
         mounts.add("tmpfs", Some("tmpfs"), &own.join("shm"), MsFlags::empty());
         fs::create_dir(own.join("shm/deep")).unwrap();
+        fs::create_dir(own.join("shm/late")).unwrap();
         mounts.add("tmpfs", Some("tmpfs"), &own.join("shm/deep"), MsFlags::empty());
         mounts.add("tmpfs", Some("tmpfs"), &other.join("shm"), MsFlags::empty());
         let before = points();
-        let seen = seen_after(&own);
-        assert!(seen.contains(&own.join("shm")) && seen.contains(&own.join("shm/deep")), "{seen:?}");
+        let seen = seen_after(&own, Some(own.join("shm/late")));
+        for point in ["shm", "shm/deep", "shm/late"] {
+            assert!(seen.contains(&own.join(point)), "{point}: {seen:?}");
+        }
         assert!(!seen.iter().any(|point| point.starts_with(&other) || *point == pods), "{seen:?}");
         // other tests mount things as well
         let ours = |points: &[PathBuf]| points.iter().filter(|point| point.starts_with(&root)).count();
-        assert_eq!(ours(&points()), ours(&before), "the node keeps its mounts");
+        assert_eq!(ours(&points()), ours(&before), "the node keeps its mounts, and gets no others");
     }
 }
