@@ -26,6 +26,7 @@ use crate::resources::devices::DeviceManager;
 use crate::resources::limits::{LimitPolicy, MemoryQos, SwapBehavior};
 use crate::runtime::client::ShimLauncher;
 use crate::runtime::spec::NodeTraits;
+use crate::sys::spread::spread;
 use crate::volume::{VolumeConfig, VolumeManager};
 
 /// Features whose meaning for other components this node has (`status.declaredFeatures`).
@@ -49,6 +50,13 @@ pub(super) async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc
         Records::open(&config.paths.state_dir).map_err(|error| format!("open the state directory: {error}"))?;
     if let Err(error) = records.mount_apart() {
         tracing::warn!(%error, "the directory of the Pods cannot be a mount of its own; containers start slower");
+    }
+    let paths = &config.paths;
+    for dir in [&paths.data_dir.join("containers"), &paths.root_dir.join("pods"), &paths.pod_logs_dir] {
+        // one that cannot be made is complained of by whoever needs it
+        if fs::create_dir_all(dir).is_ok() {
+            spread(dir);
+        }
     }
     let mut store = StoreConfig::new(&config.paths.data_dir);
     store.insecure_registries.clone_from(&config.insecure_registries);

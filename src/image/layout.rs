@@ -26,12 +26,12 @@ use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::IFlags;
 use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::error::ImageError;
 use super::manifest::{Descriptor, MAX_MANIFEST, OCI_INDEX};
+use crate::sys::spread::spread;
 
 /// Full, normalised image name.
 pub(super) const NAME: &str = "org.opencontainers.image.ref.name";
@@ -58,21 +58,6 @@ struct Index {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     media_type: Option<String>,
     manifests: Vec<Descriptor>,
-}
-
-/// Asks ext4 to put the directories that are made in `dir` into block groups far from each other (chattr(1), attribute T).
-///
-/// Otherwise all layers begin in one group: those that are unpacked side by side contend for its bitmap of inodes, which
-/// has the gaps of removed layers besides (without a journal ext4 leaves those alone for minutes, one by one).
-fn spread(dir: &Path) {
-    let mark = || -> io::Result<()> {
-        let dir = File::open(dir)?;
-        let flags = rustix::fs::ioctl_getflags(&dir)?;
-        Ok(rustix::fs::ioctl_setflags(&dir, flags | IFlags::TOPDIR)?)
-    };
-    if let Err(error) = mark() {
-        tracing::debug!(dir = %dir.display(), %error, "the file system spreads directories as it likes");
-    }
 }
 
 impl Layout {

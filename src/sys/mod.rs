@@ -7,4 +7,5 @@ pub mod fork;
 pub mod heap;
 pub mod mountattr;
 pub mod scratch;
+pub mod spread;
 pub mod watch;
