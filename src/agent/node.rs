@@ -240,6 +240,10 @@ impl Effects for NodeEffects {
         answer
     }
 
+    fn is_api_busy(&self) -> bool {
+        self.0.api.as_ref().is_some_and(|api| api.is_busy())
+    }
+
     async fn delete(&self, desired: Arc<Desired>) -> ApiAnswer {
         match &self.0.api {
             Some(api) => report::delete(&api.client(), &desired).await,

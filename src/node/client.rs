@@ -119,6 +119,7 @@ pub struct ApiClient {
     current: Arc<RwLock<Channels>>,
     client: Client,
     background: Client,
+    bucket: Arc<TokenBucket>,
 }
 
 /// What requests go through until the credentials change.
@@ -163,16 +164,16 @@ impl ApiClient {
                 send(inner, limits.timeout, request).await
             }
         });
-        let inner = Arc::clone(&current);
+        let (inner, spare) = (Arc::clone(&current), Arc::clone(&bucket));
         let background = service_fn(move |request| {
-            let (inner, bucket) = (Arc::clone(&inner), Arc::clone(&bucket));
+            let (inner, spare) = (Arc::clone(&inner), Arc::clone(&spare));
             async move {
-                bucket.wait_for_spare(BACKGROUND_WAIT).await;
+                spare.wait_for_spare(BACKGROUND_WAIT).await;
                 send(inner, limits.timeout, request).await
             }
         });
         let (client, background) = (Client::new(client, "default"), Client::new(background, "default"));
-        Ok(Self { credentials, current, client, background })
+        Ok(Self { credentials, current, client, background, bucket })
     }
 
     /// The client to use; clones of it follow every later [`reload`](Self::reload).
@@ -186,6 +187,12 @@ impl ApiClient {
     #[must_use]
     pub fn background(&self) -> Client {
         self.background.clone()
+    }
+
+    /// Whether requests may soon have to wait for their turn.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.bucket.is_scarce()
     }
 
     /// Reads the kubeconfig and its certificates again; new requests use new connections. On error the old

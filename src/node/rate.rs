@@ -58,6 +58,11 @@ impl TokenBucket {
         }
     }
 
+    /// Whether less than half of the burst is left.
+    pub fn is_scarce(&self) -> bool {
+        self.until_spare().is_some()
+    }
+
     fn until_spare(&self) -> Option<Duration> {
         if self.rate <= 0.0 {
             return None;
@@ -104,7 +109,9 @@ mod tests {
         for _ in 0..8 {
             bucket.acquire().await;
         }
+        assert!(bucket.is_scarce());
         bucket.wait_for_spare(Duration::from_secs(5)).await;
+        assert!(!bucket.is_scarce());
         let elapsed = start.elapsed();
         assert!((Duration::from_millis(299)..Duration::from_millis(310)).contains(&elapsed), "{elapsed:?}");
         for _ in 0..100 {

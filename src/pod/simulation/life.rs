@@ -304,6 +304,10 @@ impl Effects for Life {
         if self.chance(5) { ApiAnswer::Failed("timeout".to_owned()) } else { answer }
     }
 
+    fn is_api_busy(&self) -> bool {
+        self.now().as_second() % 3 == 0
+    }
+
     async fn delete(&self, _: Arc<Desired>) -> ApiAnswer {
         self.step(50).await;
         let mut state = self.world.state();
