@@ -129,6 +129,7 @@ pub(super) async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc
         sources_ready: AtomicBool::new(false),
         shims: Mutex::new(HashMap::new()),
         shutting_down: AtomicBool::new(false),
+        memory_due: AtomicBool::new(false),
     }))
 }
 

@@ -84,6 +84,8 @@ pub struct Node {
     pub(super) sources_ready: AtomicBool,
     pub(super) shims: Mutex<HashMap<String, Shim>>,
     pub(super) shutting_down: AtomicBool,
+    /// Memory of Pods that are gone is about to be given back.
+    pub(super) memory_due: AtomicBool,
 }
 
 impl Node {

@@ -5,6 +5,8 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
@@ -28,10 +30,14 @@ use crate::pod::plan::TEAR_DOWN_FAILED;
 use crate::resources::cgroup::Enforced;
 use crate::resources::quantity;
 use crate::runtime::client::{ContainerRecord, Shim, ShimError, ShimEvent, ShimOptions, read_records};
+use crate::sys::heap;
 use crate::volume::{is_mount_point, remove_tree};
 
 /// File in a container's directory: the [`Instance`] as it was before it was created.
 pub(super) const INSTANCE_FILE: &str = "instance.json";
+
+/// Pods often go in company.
+const MEMORY_DELAY: Duration = Duration::from_secs(5);
 
 /// A Pod's directory below the state directory, part by part.
 #[derive(Clone, Debug)]
@@ -329,6 +335,20 @@ impl Node {
         if let Err(error) = done.await {
             tracing::warn!(pod = desired.uid(), error, "traces of the Pod stay behind");
         }
+        self.give_back_memory();
+    }
+
+    /// Gives back the memory of Pods that are gone, once no more follow.
+    fn give_back_memory(self: &Arc<Self>) {
+        if self.memory_due.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let node = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(MEMORY_DELAY).await;
+            node.memory_due.store(false, Ordering::Relaxed);
+            tokio::task::spawn_blocking(heap::release);
+        });
     }
 
     /// Finds what of a Pod is on the node, and brings its record up to date.
