@@ -91,10 +91,25 @@ impl Rotations {
                 self.due = Some(Instant::now() + self.interval);
                 continue;
             }
-            self.due = None;
-            let batch = std::mem::take(&mut self.newest);
-            self.running = Some(spawn_blocking(move || batch.values().for_each(|rotated| compress_older(rotated))));
+            self.begin();
         }
+    }
+
+    /// Compresses what is left, behind the batch that runs: nothing more will be rotated.
+    pub(super) async fn finish(mut self) {
+        if let Some(batch) = self.running.take() {
+            let _panicked = batch.await;
+        }
+        self.begin();
+    }
+
+    fn begin(&mut self) {
+        self.due = None;
+        let batch = std::mem::take(&mut self.newest);
+        if batch.is_empty() {
+            return;
+        }
+        self.running = Some(spawn_blocking(move || batch.values().for_each(|rotated| compress_older(rotated))));
     }
 }
 
@@ -190,5 +205,25 @@ mod tests {
         names.sort();
         assert_eq!(names, ["0.log.20260101-000000-0001.gz", "0.log.20260101-000001", "1.log.20260101-000000"]);
         assert!(rotations.due.is_none() && rotations.newest.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_a_pod_leaves_at_its_end_is_compressed_as_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut rotations = Rotations::new(Duration::from_secs(3600));
+        for name in ["0.log.20260101-000000", "0.log.20260101-000001"] {
+            fs::write(dir.path().join(name), name).unwrap();
+            rotations.add(dir.path().join(name));
+        }
+        rotations.finish().await;
+        let compressed = dir.path().join("0.log.20260101-000000.gz");
+        tokio::time::timeout(Duration::from_secs(10), async {
+            while !compressed.exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .unwrap();
+        assert!(dir.path().join("0.log.20260101-000001").exists(), "the newest stays as it is");
     }
 }

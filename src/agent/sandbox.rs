@@ -249,6 +249,7 @@ impl Node {
                 }
             }
         }
+        tokio::spawn(rotations.finish());
         // tear_down takes the shim out of the map before it ends it: one that is still there was lost
         if self.shims().remove(uid).is_some() {
             tracing::error!(pod = uid, "the Pod's shim is gone");
