@@ -10,9 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::Pod;
-use nix::mount::{MsFlags, mount};
+use nix::libc;
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::pod::model::{Desired, Observed};
+use crate::sys::mountattr::{MountAttributes, mount_setattr};
 use crate::volume::mounts_below;
 
 /// File of the Pod as last wanted.
@@ -59,11 +62,12 @@ impl Records {
         if !mounts_below(&directory)?.is_empty() {
             return Ok(());
         }
-        mount(Some(&directory), &directory, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-        for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
-            mount(None::<&str>, &directory, None::<&str>, propagation, None::<&str>)?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let apart = open_tree(CWD, &directory, flags)?;
+        for propagation in [libc::MS_PRIVATE, libc::MS_SHARED] {
+            mount_setattr(&apart, &MountAttributes { propagation, ..Default::default() })?;
         }
-        Ok(())
+        Ok(move_mount(&apart, "", CWD, &directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
     }
 
     /// The directory of one Pod.
@@ -131,6 +135,8 @@ fn write(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+
+    use nix::mount::{MsFlags, mount};
 
     use super::*;
 
