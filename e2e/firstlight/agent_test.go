@@ -27,8 +27,18 @@ func countedStarts(p *corev1.Pod) {
 	c.Command = []string{"sh", "-c", "echo started >> /starts/log; trap 'exit 0' TERM; while :; do sleep 3600 & wait; done"}
 }
 
+// waitServing waits until the node answers on its port again. Pods that were
+// Ready before the agent was killed say nothing of that.
+func waitServing(e *kit.Env, node string) {
+	e.Eventually(20*time.Second, node+" serves", func() (bool, string) {
+		answer, err := e.Client.CoreV1().RESTClient().Get().Resource("nodes").Name(node).SubResource("proxy").Suffix("healthz").DoRaw(e.Ctx)
+		return err == nil, fmt.Sprintf("%s %v", answer, err)
+	})
+}
+
 func checkStartedOnce(t *testing.T, e *kit.Env, pods ...string) {
 	t.Helper()
+	waitServing(e, victimName)
 	for _, pod := range pods {
 		if starts := e.Exec(pod, "main", "cat", "/starts/log"); starts != "started\n" {
 			t.Errorf("Pod %s was started %d times", pod, strings.Count(starts, "\n"))
