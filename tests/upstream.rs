@@ -25,20 +25,15 @@ type Facts = BTreeMap<String, String>;
 const BUGS: [(&str, &str, &str, &str); 10] = [
     // (11 & 15) == 9 is false, and yet the rule that refuses 9 refuses 11.
     ("SCMP_CMP_MASKED_EQ has its operands swapped", "masked_equal_11", "EPERM", "src/shim/creator/seccomp.rs: compile"),
-    ("an exec has no seccomp filter", "exec_seccomp", "Seccomp:\t0", "src/shim/creator/executor.rs: load_filter"),
+    ("an exec has no seccomp filter", "exec_seccomp", "Seccomp:\t0", "src/shim/creator/tenant.rs: enter"),
     (
         "seccomp with an explicit noNewPrivileges: false fails",
         "explicit_no_new_privileges",
         "failed to load seccomp context",
         "src/shim/creator/spec.rs: set_no_new_privileges(None)",
     ),
-    ("an exec leaves its socket", "left_behind", "tenant-notify-", "src/shim/creator/mod.rs: sweep_exec_leftovers"),
-    (
-        "an exec does not join the user namespace",
-        "exec_uid_map",
-        "0 0 4294967295",
-        "src/shim/creator/executor.rs: Identity",
-    ),
+    ("an exec leaves its socket", "left_behind", "tenant-notify-", "src/shim/creator/tenant.rs"),
+    ("an exec does not join the user namespace", "exec_uid_map", "0 0 4294967295", "src/shim/creator/tenant.rs: enter"),
     ("propagation of a mount is ignored", "private_mount", "master:", "src/shim/creator/mounts.rs"),
     ("SIGPIPE stays ignored", "init_signals", "1000", "src/sys/confine.rs: reset_signals"),
     ("groups of the caller are inherited", "init_groups", "4242", "src/shim/daemon.rs: setgroups"),

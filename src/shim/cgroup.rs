@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -116,6 +117,29 @@ impl Hierarchies {
             .unwrap_or(0)
     }
 
+    /// Moves this process into a container's cgroup, in every hierarchy in which it has one; `init` is in it.
+    ///
+    /// A container on cgroup v2 that made cgroups of its own has no room for processes in its outermost one. Then it is
+    /// that of `init`, as with runc.
+    pub(super) fn join(&self, cgroup: &Path, init: i32) -> io::Result<()> {
+        let mut failure = io::Error::new(io::ErrorKind::NotFound, format!("no cgroup {}", cgroup.display()));
+        let mut joined = false;
+        for mount in &self.mounts {
+            let result = match mount.join(cgroup) {
+                Err(error) if mount.controllers.is_empty() && is_occupied(&error) => {
+                    own_cgroup(init).and_then(|c| mount.join(&c))
+                }
+                other => other,
+            };
+            match result {
+                Ok(()) => joined = true,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => failure = error,
+                Err(error) => return Err(error),
+            }
+        }
+        if joined { Ok(()) } else { Err(failure) }
+    }
+
     /// Moves this process into `cgroup` in every hierarchy, which is made if needed.
     pub(super) fn enter(&self, cgroup: &Path) -> io::Result<()> {
         for mount in &self.mounts {
@@ -125,6 +149,30 @@ impl Hierarchies {
         }
         Ok(())
     }
+}
+
+impl Mount {
+    fn join(&self, cgroup: &Path) -> io::Result<()> {
+        let file = self.path.join(cgroup.strip_prefix("/").unwrap_or(cgroup)).join("cgroup.procs");
+        // Not `fs::write`: a cgroup that is gone must not become a file.
+        let written = fs::OpenOptions::new().write(true).open(&file).and_then(|mut file| file.write_all(b"0"));
+        written.map_err(|error| match error.raw_os_error() {
+            Some(code @ (libc::EBUSY | libc::EOPNOTSUPP)) => io::Error::from_raw_os_error(code),
+            _ => io::Error::new(error.kind(), format!("{}: {error}", file.display())),
+        })
+    }
+}
+
+/// A cgroup with controllers for those below it takes no processes, and a threaded one no whole ones.
+fn is_occupied(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EOPNOTSUPP))
+}
+
+/// Where a process is in the v2 hierarchy.
+fn own_cgroup(pid: i32) -> io::Result<PathBuf> {
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = table.lines().find_map(|line| line.strip_prefix("0::"));
+    path.map(PathBuf::from).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "init is in no cgroup of version 2"))
 }
 
 /// Whether a path can be one container's cgroup: absolute, not the root, no `..`.
@@ -171,6 +219,27 @@ mod tests {
     fn counts_kills_not_events() {
         assert_eq!(counter("low 0\noom 3\noom_kill 2\noom_group_kill 1\n", "oom_kill"), Some(2));
         assert_eq!(counter("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n", "oom_kill"), Some(5));
+    }
+
+    #[test]
+    fn joins_where_there_is_a_cgroup_and_makes_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let mount = |name: &str| Mount { path: dir.path().join(name), controllers: vec![name.to_owned()] };
+        let hierarchies = Hierarchies { mounts: vec![mount("cpu"), mount("pids"), mount("named")] };
+        let refused = hierarchies.join(Path::new("/pod/c"), 1).unwrap_err();
+        assert!(refused.kind() == io::ErrorKind::NotFound && refused.to_string().contains("named/pod/c"), "{refused}");
+        for name in ["cpu", "pids", "named"] {
+            fs::create_dir_all(dir.path().join(name).join("pod")).unwrap();
+        }
+        for name in ["cpu", "pids"] {
+            fs::create_dir(dir.path().join(name).join("pod/c")).unwrap();
+            fs::write(dir.path().join(name).join("pod/c/cgroup.procs"), "").unwrap();
+        }
+        hierarchies.join(Path::new("/pod/c"), 1).unwrap();
+        for name in ["cpu", "pids"] {
+            assert_eq!(fs::read_to_string(dir.path().join(name).join("pod/c/cgroup.procs")).unwrap(), "0");
+        }
+        assert!(!dir.path().join("named/pod/c").exists());
     }
 
     #[test]

@@ -59,7 +59,7 @@ enum Source {
     AttachOutput(Rc<str>, u64),
 }
 
-/// A creator at work. Its key is the token of `result`.
+/// A creator at work, or a process on its way into a container. Its key is the token of `result`.
 #[derive(Debug)]
 struct Job {
     kind: JobKind,
@@ -328,6 +328,11 @@ impl Server {
             return true;
         }
         false
+    }
+
+    /// Whether a child has ended that nobody has asked after yet.
+    fn is_unclaimed(&self, pid: Pid) -> bool {
+        self.unclaimed.iter().any(|(unclaimed, _)| *unclaimed == pid.as_raw())
     }
 
     /// The exit of a process that a creator has only now told us about.

@@ -1,9 +1,11 @@
 //! Processes made without `execve`: only ever from a process that has exactly one thread.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
 
 use nix::libc;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
 use nix::unistd::Pid;
 
 /// Which side of [`fork`] this is.
@@ -38,6 +40,26 @@ pub fn fork_with(namespaces: libc::c_int) -> io::Result<Fork> {
         pid if pid > 0 => Ok(Fork::Parent(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?))),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Forks a child into the pid namespace of `process`, a pid descriptor. Same conditions as [`fork`].
+///
+/// The child cannot be inspected by its new neighbours, which is what they would need to get at this process' memory and
+/// root directory: it is not dumpable (prctl(2)).
+pub fn fork_beside(process: impl AsFd) -> io::Result<Fork> {
+    let own = std::fs::File::open("/proc/self/ns/pid")?;
+    let dumpable = prctl::get_dumpable()?;
+    prctl::set_dumpable(false)?;
+    let forked = setns(process, CloneFlags::CLONE_NEWPID).map_err(io::Error::from).and_then(|()| fork());
+    if matches!(forked, Ok(Fork::Child)) {
+        return forked;
+    }
+    if setns(&own, CloneFlags::CLONE_NEWPID).is_err() {
+        // Every later child would be born there. Cannot happen: it is where this process is.
+        std::process::abort();
+    }
+    prctl::set_dumpable(dumpable)?;
+    forked
 }
 
 /// Ends the process at once: no destructors, no exit handlers.

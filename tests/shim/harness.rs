@@ -241,7 +241,7 @@ fn make_rootfs(rootfs: &Path) {
     for applet in [
         "sh", "cat", "echo", "sleep", "true", "false", "id", "env", "ls", "grep", "mkdir", "mount", "kill", "tail",
         "head", "touch", "pwd", "stty", "tr", "seq", "yes", "unshare", "ps", "wc", "ln", "sed", "umount", "setsid",
-        "rm", "readlink", "cut",
+        "rm", "readlink", "cut", "mkfifo",
     ] {
         symlink("busybox", rootfs.join("bin").join(applet)).expect("applet");
     }

@@ -1,4 +1,4 @@
-//! The last code before `execve`, run inside the container by libcontainer's init process.
+//! The last code before `execve`, run inside the container: by libcontainer's init process, and by every exec.
 
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
@@ -33,19 +33,6 @@ pub(super) struct Plan {
     capabilities: CapabilityMasks,
     no_new_privs: bool,
     filter: Option<Filter>,
-    /// In a user namespace of its own: what an exec has to join, which libcontainer does not.
-    identity: Option<Identity>,
-    /// Close-on-exec pipe: text is a failure, end of file is success.
-    report: OwnedFd,
-}
-
-/// A user inside a user namespace.
-#[derive(Debug)]
-pub(super) struct Identity {
-    pub(super) user_namespace: OwnedFd,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) groups: Vec<u32>,
 }
 
 fn c_string(text: impl AsRef<OsStr>, what: &str) -> Result<CString, String> {
@@ -58,8 +45,6 @@ impl Plan {
         capabilities: CapabilityMasks,
         no_new_privs: bool,
         filter: Option<Filter>,
-        identity: Option<Identity>,
-        report: OwnedFd,
     ) -> Result<Plan, String> {
         let args = process.args().as_deref().unwrap_or_default();
         let program = args.first().filter(|p| !p.is_empty()).ok_or("process.args is empty")?.clone();
@@ -83,23 +68,23 @@ impl Plan {
             capabilities,
             no_new_privs,
             filter,
-            identity,
-            report,
         })
     }
 
     /// Returns only if something failed: why.
-    fn run(&self) -> String {
+    pub(super) fn run(&self) -> String {
         confine::reset_signals();
-        if let Some(identity) = &self.identity
-            && let Err(error) = identity.assume()
-        {
-            return format!("join the container's user namespace: {error}");
-        }
         // Here and not in libcontainer: the volumes are attached only now, and the directory may be in one.
         if let Err(error) = unistd::chdir(self.cwd.as_c_str()) {
             let cwd = self.cwd.to_string_lossy();
             return format!("chdir to cwd ({cwd:?}) set in config.json failed: {}", reason(error));
+        }
+        // A link in the image (to a descriptor in /proc, for one) must not lead out of the container's root.
+        if let Err(error) = unistd::getcwd()
+            .map_err(reason)
+            .and_then(|cwd| cwd.is_absolute().then_some(()).ok_or_else(|| "it is outside of the container".to_owned()))
+        {
+            return format!("current working directory {:?}: {error}", self.cwd.to_string_lossy());
         }
         if let Err(text) = self.confine() {
             return text;
@@ -162,21 +147,6 @@ impl Plan {
     }
 }
 
-impl Identity {
-    fn assume(&self) -> Result<(), Errno> {
-        nix::sched::setns(&self.user_namespace, nix::sched::CloneFlags::CLONE_NEWUSER)?;
-        let groups: Vec<unistd::Gid> = self.groups.iter().map(|gid| unistd::Gid::from_raw(*gid)).collect();
-        unistd::setgroups(&groups)?;
-        let (uid, gid) = (unistd::Uid::from_raw(self.uid), unistd::Gid::from_raw(self.gid));
-        unistd::setresgid(gid, gid, gid)?;
-        // A change from root would clear the capabilities that `confine` still has to hand out.
-        caps::securebits::set_keepcaps(true).map_err(|_| Errno::EPERM)?;
-        unistd::setresuid(uid, uid, uid)?;
-        let permitted = caps::read(None, caps::CapSet::Permitted).map_err(|_| Errno::EPERM)?;
-        caps::set(None, caps::CapSet::Effective, &permitted).map_err(|_| Errno::EPERM)
-    }
-}
-
 /// The words that Go prints for an errno.
 fn reason(errno: Errno) -> String {
     let text = errno.desc();
@@ -186,7 +156,11 @@ fn reason(errno: Errno) -> String {
 
 /// [`Plan`] in the shape that libcontainer takes.
 #[derive(Clone)]
-pub(super) struct PodExecutor(pub(super) Rc<Plan>);
+pub(super) struct PodExecutor {
+    pub(super) plan: Rc<Plan>,
+    /// Close-on-exec pipe: text is a failure, end of file is success.
+    pub(super) report: Rc<OwnedFd>,
+}
 
 impl Executor for PodExecutor {
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
@@ -198,8 +172,8 @@ impl Executor for PodExecutor {
     }
 
     fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
-        let text = self.0.run();
-        let _reader_gone = write_report(&self.0.report, &text);
+        let text = self.plan.run();
+        let _reader_gone = write_report(&self.report, &text);
         exit_now(START_FAILED)
     }
 }

@@ -1,18 +1,22 @@
 //! The creator: a child of the shim that lives for milliseconds and is the only caller of libcontainer.
 //!
 //! Whatever libcontainer leaks or changes in its caller (descriptors, working directory, dumpable flag,
-//! oom_score_adj) ends with this process. Containers are made as siblings, so their parent is the shim.
+//! oom_score_adj) ends with this process. Containers are made as siblings, so their parent is the shim. Further processes
+//! of a container ([`tenant`]) are forked by the shim itself.
 
+mod answer;
 mod executor;
 mod isolate;
 mod mounts;
 mod resolve;
 mod seccomp;
 mod spec;
+mod streams;
+pub(super) mod tenant;
+mod terminal;
 
 use std::fs::{self, File};
-use std::io::{self, IoSlice, Read, Seek};
-use std::mem::MaybeUninit;
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,17 +27,13 @@ use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::{CloneFlags, setns};
-use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
-};
 use serde::{Deserialize, Serialize};
 
-use self::executor::{Identity, Plan, PodExecutor};
+use self::answer::{receive_fd, send};
+use self::executor::{Plan, PodExecutor};
 use self::seccomp::Filter;
 use super::bundle::Setup;
-use super::protocol::{CreateRequest, ExecRequest};
+use super::protocol::CreateRequest;
 use super::record::process_stat;
 use crate::sys::confine::reset_signals;
 use crate::sys::fork::{Fork, close_other_fds, exit_now, fork};
@@ -64,16 +64,6 @@ pub(super) struct Stdio {
 pub(super) enum Task<'a> {
     Create { request: &'a CreateRequest, stdio: Stdio, report: OwnedFd },
     Start { request: &'a CreateRequest },
-    Exec { container: &'a CreateRequest, init: i32, request: &'a ExecRequest, stdio: Stdio, report: OwnedFd },
-}
-
-/// File that holds the pid of an exec as soon as there is one.
-pub(super) fn exec_pid_file(container_dir: &Path, exec_id: &str) -> PathBuf {
-    container_dir.join(STATE_DIR).join(format!("exec-{exec_id}.pid"))
-}
-
-fn exec_process_file(container_dir: &Path, exec_id: &str) -> PathBuf {
-    container_dir.join(STATE_DIR).join(format!("exec-{exec_id}.json"))
 }
 
 /// Forks a creator. Its [`Outcome`] (and a pty's master) arrives on the socket whose other end is `result`.
@@ -96,18 +86,17 @@ fn run(task: Task<'_>, result: &OwnedFd) {
     let done = match task {
         Task::Create { request, stdio, report } => create(request, stdio, report),
         Task::Start { request } => start(request),
-        Task::Exec { container, init, request, stdio, report } => exec(container, init, request, stdio, report),
     };
     let (outcome, console) = match done {
         Ok((outcome, console)) => (outcome, console),
         Err(error) => (Outcome { error: Some(detail.explain(error)), ..Outcome::default() }, None),
     };
-    let _shim_gone = send_outcome(result, &outcome, console.as_ref());
+    let _shim_gone = send(result, &outcome, console.as_ref());
 }
 
 fn descriptors(task: &Task<'_>, result: &OwnedFd) -> Vec<RawFd> {
     let mut keep = vec![result.as_raw_fd()];
-    if let Task::Create { stdio, report, .. } | Task::Exec { stdio, report, .. } = task {
+    if let Task::Create { stdio, report, .. } = task {
         keep.extend([&stdio.stdin, &stdio.stdout, &stdio.stderr, report].map(AsRawFd::as_raw_fd));
     }
     keep
@@ -124,12 +113,12 @@ fn builder(
     id: &str,
     stdio: Stdio,
     console: Option<&Console>,
-    plan: Plan,
+    executor: PodExecutor,
 ) -> Result<ContainerBuilder, String> {
     let builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(state_root(container_dir))
         .map_err(chain)?
-        .with_executor(PodExecutor(Rc::new(plan)));
+        .with_executor(executor);
     Ok(match console {
         Some(console) => builder.with_console_socket(Some(&console.path)),
         None => builder.with_stdin(stdio.stdin).with_stdout(stdio.stdout).with_stderr(stdio.stderr),
@@ -155,8 +144,13 @@ fn create(request: &CreateRequest, stdio: Stdio, report: OwnedFd) -> Done {
     spec.save(bundle.join("config.json")).map_err(|e| format!("save the bundle: {}", chain(e)))?;
 
     let console = request.terminal.then(|| Console::listen(dir, "console.sock")).transpose()?;
-    let plan = Plan::new(&process, masks, setup.no_new_privs, filter, None, report)?;
-    let container = builder(dir, &request.container_id, stdio, console.as_ref(), plan)?
+    let plan = Plan::new(&process, masks, setup.no_new_privs, filter)?;
+    let owner = streams::Users::of_spec(&spec).on_node(process.user().uid());
+    for stream in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
+        streams::give_to(stream, owner);
+    }
+    let executor = PodExecutor { plan: Rc::new(plan), report: Rc::new(report) };
+    let container = builder(dir, &request.container_id, stdio, console.as_ref(), executor)?
         .as_init(&bundle)
         .with_systemd(false)
         .with_detach(true)
@@ -167,6 +161,9 @@ fn create(request: &CreateRequest, stdio: Stdio, report: OwnedFd) -> Done {
     // Before the mount namespace changes, where /proc is the container's.
     let start_time = process_stat(pid).map(|stat| stat.start_time).unwrap_or_default();
     let console = console.map(Console::accept).transpose()?;
+    if let Some(master) = &console {
+        terminal::give_slave_to(master, owner).map_err(|e| format!("give the terminal to its user: {e}"))?;
+    }
     enter_and_attach(pid, trees, process.cwd())?;
     Ok((Outcome { pid, start_time, error: None }, console))
 }
@@ -209,79 +206,6 @@ fn start(request: &CreateRequest) -> Done {
         Container::load(state_root(&request.container_dir).join(&request.container_id)).map_err(chain)?;
     container.start().map_err(chain)?;
     Ok((Outcome::default(), None))
-}
-
-fn exec(container: &CreateRequest, init: i32, request: &ExecRequest, stdio: Stdio, report: OwnedFd) -> Done {
-    let dir = container.container_dir.as_path();
-    let setup = spec::read_setup(dir)?;
-    let masks = spec::capability_masks(&setup.capabilities)?;
-    let filter = load_filter(dir, &setup)?;
-    let mut process = request.process.clone();
-    spec::adapt_process(&mut process, &masks, dir)?;
-    let identity = identity(dir, init, &mut process)?;
-    let terminal = process.terminal().unwrap_or(false);
-    let plan = Plan::new(&request.process, masks, setup.no_new_privs, filter, identity, report)?;
-
-    leave_other_pods(dir)?;
-    let process_file = exec_process_file(dir, &request.exec_id);
-    let pid_file = exec_pid_file(dir, &request.exec_id);
-    let text = serde_json::to_vec(&process).map_err(|e| format!("process: {e}"))?;
-    fs::write(&process_file, text).map_err(|e| format!("write {}: {e}", process_file.display()))?;
-    let console = terminal.then(|| Console::listen(dir, &format!("exec-{}.sock", request.exec_id))).transpose()?;
-    let built = builder(dir, &container.container_id, stdio, console.as_ref(), plan)?
-        .with_pid_file(Some(&pid_file))
-        .map_err(chain)?
-        .as_tenant()
-        .with_process(Some(&process_file))
-        .with_detach(true)
-        .as_sibling(true)
-        .build();
-    let _already_gone = fs::remove_file(&process_file);
-    let pid = built.map_err(chain)?.as_raw();
-    let _already_gone = fs::remove_file(&pid_file);
-    let start_time = process_stat(pid).map(|stat| stat.start_time).unwrap_or_default();
-    let console = console.map(Console::accept).transpose()?;
-    Ok((Outcome { pid, start_time, error: None }, console))
-}
-
-/// For a container with a user namespace: libcontainer does not join it on exec, so the executor does. Until then
-/// the process is the node's root, which may do everything that joining needs.
-fn identity(dir: &Path, init: i32, process: &mut Process) -> Result<Option<Identity>, String> {
-    let namespaces = spec_namespaces(&spec::read_spec(dir)?);
-    if !namespaces.contains(&LinuxNamespaceType::User) {
-        return Ok(None);
-    }
-    let file = File::open(format!("/proc/{init}/ns/user")).map_err(|e| format!("open the user namespace: {e}"))?;
-    let user = process.user().clone();
-    let identity = Identity {
-        user_namespace: file.into(),
-        uid: user.uid(),
-        gid: user.gid(),
-        groups: user.additional_gids().clone().unwrap_or_default(),
-    };
-    let root = process.user_mut();
-    root.set_uid(0).set_gid(0).set_additional_gids(None);
-    Ok(Some(identity))
-}
-
-fn spec_namespaces(spec: &Spec) -> Vec<LinuxNamespaceType> {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    namespaces.into_iter().flatten().map(|namespace| namespace.typ()).collect()
-}
-
-/// Every exec leaves its sockets behind (`docs/upstream.md`). Only while no exec of this container is being made.
-pub(super) fn sweep_exec_leftovers(request: &CreateRequest) {
-    let state = state_root(&request.container_dir);
-    for dir in [state.join(&request.container_id), state] {
-        let Ok(entries) = fs::read_dir(dir) else { continue };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with("tenant-") || name.starts_with("exec-") {
-                let _gone_already = fs::remove_file(entry.path());
-            }
-        }
-    }
 }
 
 /// The compiled filter, for execs to come. An empty file is "unconfined".
@@ -337,38 +261,9 @@ impl Console {
     }
 }
 
-fn send_outcome(socket: &OwnedFd, outcome: &Outcome, console: Option<&OwnedFd>) -> io::Result<()> {
-    let bytes = serde_json::to_vec(outcome)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = console.map(AsFd::as_fd);
-    if let Some(fd) = &fds {
-        control.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(fd)));
-    }
-    sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
-}
-
-fn receive_fd(socket: impl AsFd) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
-    let mut bytes = vec![0; 16 << 10];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(socket, &mut [io::IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    bytes.truncate(received.bytes);
-    let fd = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    Ok((bytes, fd))
-}
-
 /// Reads a creator's message; `None` if it ended without one.
 pub(super) fn receive_outcome(socket: &OwnedFd) -> io::Result<Option<(Outcome, Option<OwnedFd>)>> {
-    let (bytes, console) = receive_fd(socket)?;
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some((serde_json::from_slice(&bytes)?, console)))
+    answer::receive(socket)
 }
 
 /// An error with all its causes.

@@ -96,16 +96,19 @@ pub(super) fn adapt_process(process: &mut Process, masks: &CapabilityMasks, cont
         env.push("HOME=/".to_owned());
     }
     if let Some(wanted) = process.oom_score_adj() {
-        let allowed = possible_oom_score_adj(wanted).map_err(|e| format!("oomScoreAdj {wanted}: {e}"))?;
-        if allowed != wanted {
-            note!(
-                "warning: {}: oomScoreAdj {wanted} needs CAP_SYS_RESOURCE on the node: {allowed} instead",
-                container.display()
-            );
-        }
-        process.set_oom_score_adj(Some(allowed));
+        process.set_oom_score_adj(Some(adjust_oom_score(wanted, container)?));
     }
     Ok(())
+}
+
+/// Sets this process' own value, which children inherit: the wanted one or, with a warning, what the kernel allows.
+pub(super) fn adjust_oom_score(wanted: i32, container: &Path) -> Result<i32, String> {
+    let allowed = possible_oom_score_adj(wanted).map_err(|e| format!("oomScoreAdj {wanted}: {e}"))?;
+    if allowed != wanted {
+        let container = container.display();
+        note!("warning: {container}: oomScoreAdj {wanted} needs CAP_SYS_RESOURCE on the node: {allowed} instead");
+    }
+    Ok(allowed)
 }
 
 /// The wanted value or, where the kernel refuses to lower ours, ours. Tried on this short-lived process itself.

@@ -1,29 +1,26 @@
 //! Processes run in a container that is there already.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::Pid;
 
 use super::jobs::{null, outcome_socket};
 use super::lifecycle::{START_DEADLINE, exit_record};
-use super::{Answer, JobKind, REMEMBERED_EXITS, Server, io_error, read_available, refuse};
-use crate::shim::container::{Phase, ReplyTo, set_nonblocking};
-use crate::shim::creator::{self, Outcome, Stdio, Task};
+use super::{Answer, JobKind, REMEMBERED_EXITS, Server, io_error, refuse};
+use crate::shim::container::{Phase, ReplyTo};
+use crate::shim::creator::Stdio;
+use crate::shim::creator::tenant::{self, Heard, Tenant};
 use crate::shim::protocol::{
     ErrorBody, ErrorKind, Event, ExecRef, ExecRequest, ExecSignalRequest, ExecStarted, ExecState,
 };
 use crate::shim::record::{ProcessStat, process_stat};
 
-/// Longest text of a failed `execve`.
-const REPORT_LIMIT: usize = 4 << 10;
 /// Most rounds in which new descendants of an exec are looked for while it is killed.
 const KILL_ROUNDS: usize = 16;
 
@@ -43,8 +40,7 @@ pub(super) struct ExecJob {
     exec_id: String,
     container: Rc<str>,
     timeout: Option<Duration>,
-    /// The executor's pipe. libcontainer waits for `execve`, so what there is to read is there when it is done.
-    report: OwnedFd,
+    console: Option<OwnedFd>,
 }
 
 impl Server {
@@ -65,81 +61,77 @@ impl Server {
         let Some((id, container)) = self.containers.get_key_value(request.container_id.as_str()) else {
             return refuse(ErrorKind::NotFound, format!("no container {}", request.container_id));
         };
-        let (Phase::Running, None, Some(init)) = (&container.phase, &container.starting, container.record.pid) else {
+        let (Phase::Running, None) = (&container.phase, &container.starting) else {
             return refuse(ErrorKind::Conflict, format!("container {id} is not running"));
         };
-        let (id, container) = (id.clone(), container.record.request.clone());
         let mut fds = fds.into_iter();
         let mut stream = |wanted: bool| match wanted.then(|| fds.next()).flatten() {
             Some(fd) => Ok(fd),
             None => null(),
         };
-        let spawned = (|| -> io::Result<()> {
+        let mut spawn = || -> io::Result<(Pid, OwnedFd)> {
             let stdio = Stdio {
                 stdin: stream(request.stdin)?,
                 stdout: stream(request.stdout)?,
                 stderr: stream(request.stderr)?,
             };
-            let (report, report_writer) = pipe2(OFlag::O_CLOEXEC)?;
-            set_nonblocking(&report)?;
-            let (result, result_writer) = outcome_socket()?;
-            let task = Task::Exec { container: &container, init, request: &request, stdio, report: report_writer };
-            let creator = creator::spawn(task, result_writer)?;
-            let timeout = request.timeout_ms.map(Duration::from_millis);
-            let job = ExecJob { exec_id: exec_id.clone(), container: id, timeout, report };
-            let until = Instant::now() + timeout.map_or(START_DEADLINE, |t| t.min(START_DEADLINE));
-            self.add_job(JobKind::Exec(Box::new(job)), creator, result, reply, until)
-        })();
-        spawned.map_err(io_error("start the creator"))
+            let (heard, word) = outcome_socket()?;
+            let tenant =
+                Tenant { container: &container.record, hierarchies: &self.hierarchies, request: &request, stdio };
+            Ok((tenant::spawn(&tenant, &word)?, heard))
+        };
+        let (pid, heard) = spawn().or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => refuse(ErrorKind::Conflict, format!("container {id} is not running")),
+            _ => Err(io_error("start the process")(error)),
+        })?;
+        let timeout = request.timeout_ms.map(Duration::from_millis);
+        let job = ExecJob { exec_id: request.exec_id, container: id.clone(), timeout, console: None };
+        let until = Instant::now() + timeout.map_or(START_DEADLINE, |t| t.min(START_DEADLINE));
+        self.add_job(JobKind::Exec(Box::new(job)), pid, heard, reply, until).map_err(|error| {
+            let _gone = kill(pid, Signal::SIGKILL);
+            io_error("watch the process")(error)
+        })
     }
 
-    pub(super) fn exec_made(&mut self, reply: ReplyTo, job: ExecJob, outcome: Outcome, console: Option<OwnedFd>) {
-        self.sweep(&job.container);
-        if let Some(error) = outcome.error {
-            return self.reply::<()>(reply, refuse(ErrorKind::Create, error));
+    /// Something was heard of an exec that is being made. `Some` if that was all.
+    pub(super) fn hear(job: &mut ExecJob, heard: &OwnedFd) -> Option<Answer<()>> {
+        match tenant::heard(heard) {
+            Heard::Console(console) => {
+                job.console = Some(console);
+                None
+            }
+            Heard::Executed => Some(Ok(())),
+            Heard::Refused(body) => Some(Err(body)),
         }
-        let mut text = Vec::new();
-        read_available(&job.report, &mut text, REPORT_LIMIT);
-        if !text.is_empty() {
-            let text = String::from_utf8_lossy(&text).into_owned();
-            return self.reply::<()>(reply, refuse(ErrorKind::Start, text));
+    }
+
+    pub(super) fn exec_made(&mut self, reply: ReplyTo, job: ExecJob, pid: Pid, made: Answer<()>) {
+        if let Err(error) = made {
+            return self.reply::<()>(reply, Err(error));
         }
+        let pid = pid.as_raw();
         let exec = Exec {
             container: job.container,
-            pid: outcome.pid,
+            pid,
             owner: reply.connection,
             until: job.timeout.map(|timeout| Instant::now() + timeout),
             timed_out: false,
         };
         self.execs.insert(job.exec_id, exec);
-        self.reply_with_fd(reply, Ok(ExecStarted { pid: outcome.pid }), console);
+        self.reply_with_fd(reply, Ok(ExecStarted { pid }), job.console);
     }
 
-    /// The creator is dead; what it made, if anything, is named by its pid file.
-    pub(super) fn exec_failed(&mut self, reply: ReplyTo, job: ExecJob, kind: ErrorKind, error: &str) {
-        if let Some(container) = self.containers.get(&job.container) {
-            let request = &container.record.request;
-            let file = creator::exec_pid_file(&request.container_dir, &job.exec_id);
-            if let Some(pid) = fs::read_to_string(file).ok().and_then(|text| text.trim().parse::<i32>().ok()) {
-                self.kill_tree(&job.container, pid, Signal::SIGKILL);
-            }
+    /// Ends one that was not made in time, and what it may have started meanwhile.
+    pub(super) fn exec_timed_out(&mut self, reply: ReplyTo, job: &ExecJob, pid: Pid, error: &str) {
+        if !self.is_unclaimed(pid) {
+            self.kill_tree(&job.container, pid.as_raw(), Signal::SIGKILL);
+            let _gone = kill(pid, Signal::SIGKILL);
         }
-        self.sweep(&job.container);
-        self.reply::<()>(reply, refuse(kind, error));
+        self.reply::<()>(reply, refuse(ErrorKind::Timeout, error));
     }
 
-    /// Removes what execs leave behind, unless another one is being made.
-    fn sweep(&self, id: &Rc<str>) {
-        let busy = self.jobs.values().any(|job| matches!(&job.kind, JobKind::Exec(exec) if exec.container == *id));
-        if let Some(container) = self.containers.get(id)
-            && !busy
-        {
-            creator::sweep_exec_leftovers(&container.record.request);
-        }
-    }
-
-    /// Signals a process and what descends from it. libcontainer gave it a session of its own; descendants that
-    /// made another are found by their parents.
+    /// Signals a process and what descends from it. It has a session of its own; descendants that made another are
+    /// found by their parents.
     fn kill_tree(&self, id: &Rc<str>, pid: i32, signal: Signal) {
         let Some(container) = self.containers.get(id) else { return };
         let cgroup = &container.record.request.cgroup_path;

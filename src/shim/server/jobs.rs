@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use super::{Job, JobKind, Server, Source};
+use super::{Answer, Job, JobKind, Server, Source};
 use crate::shim::container::ReplyTo;
 use crate::shim::creator::{self, Outcome};
 use crate::shim::protocol::ErrorKind;
@@ -33,7 +33,11 @@ impl Server {
 
     /// A creator has a message, or has ended without one.
     pub(super) fn on_job(&mut self, key: u64) {
-        let Some(job) = self.jobs.get(&key) else { return };
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        if let JobKind::Exec(exec) = &mut job.kind {
+            let Some(made) = Server::hear(exec, &job.result) else { return };
+            return self.finish_exec(key, made);
+        }
         let outcome = match creator::receive_outcome(&job.result) {
             Ok(Some(outcome)) => outcome,
             Ok(None) => (failed("the creator died before it could say why"), None),
@@ -63,19 +67,32 @@ impl Server {
                     self.answer_start(&id);
                 }
             },
-            JobKind::Exec(exec) => self.exec_made(job.reply, *exec, outcome, console),
+            JobKind::Exec(_) => {} // heard of in another way
         }
         self.claim_early_exit(pid);
     }
 
+    fn finish_exec(&mut self, key: u64, made: Answer<()>) {
+        let Some(job) = self.take_job(key) else { return };
+        if let JobKind::Exec(exec) = job.kind {
+            self.exec_made(job.reply, *exec, job.creator, made);
+        }
+        self.claim_early_exit(job.creator.as_raw());
+    }
+
     pub(super) fn job_timed_out(&mut self, key: u64) {
         let Some(job) = self.take_job(key) else { return };
-        kill_creator(job.creator);
         let error = "the deadline passed";
         match job.kind {
-            JobKind::Create(id) => self.create_failed(job.reply, &id, ErrorKind::Timeout, error),
-            JobKind::Start(id) => self.start_failed(&id, ErrorKind::Timeout, error),
-            JobKind::Exec(exec) => self.exec_failed(job.reply, *exec, ErrorKind::Timeout, error),
+            JobKind::Create(id) => {
+                kill_creator(job.creator);
+                self.create_failed(job.reply, &id, ErrorKind::Timeout, error);
+            }
+            JobKind::Start(id) => {
+                kill_creator(job.creator);
+                self.start_failed(&id, ErrorKind::Timeout, error);
+            }
+            JobKind::Exec(exec) => self.exec_timed_out(job.reply, &exec, job.creator, error),
         }
         self.claim_early_exit(0);
     }
