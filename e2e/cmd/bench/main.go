@@ -95,10 +95,15 @@ func (o *options) run(ctx context.Context) error {
 	if o.ci {
 		return o.onCluster(ctx, o.compare)
 	}
+	origin, err := o.origin(ctx)
+	if err != nil {
+		return err
+	}
+	result := bench.NewResult(origin, o.Options)
 	if err := o.buildImages(ctx); err != nil {
 		return err
 	}
-	return o.onCluster(ctx, o.measure)
+	return o.onCluster(ctx, func(ctx context.Context, b *bench.Bench) error { return o.measure(ctx, b, result) })
 }
 
 func (o *options) check() error {
@@ -171,6 +176,8 @@ func (o *options) onCluster(ctx context.Context, work func(context.Context, *ben
 func (o *options) hackCluster(ctx context.Context, args ...string) error {
 	cmd := exec.CommandContext(ctx, filepath.Join(o.repository, "hack/cluster"), args...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	// The binary whose digest the result has, also if a newer one is built elsewhere meanwhile.
+	cmd.Env = append(os.Environ(), "GANTRY_BIN="+o.home.Gantry)
 	// A signal for our process group ends us; then `down` still has to run to its end.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Run(); err != nil {
@@ -193,19 +200,10 @@ func (o *options) buildImages(ctx context.Context) error {
 }
 
 // measure is the comparison.
-func (o *options) measure(ctx context.Context, b *bench.Bench) error {
-	result, failure := b.Run(ctx)
-	if result == nil {
+func (o *options) measure(ctx context.Context, b *bench.Bench, result *bench.Result) error {
+	failure := b.Run(ctx, result)
+	if len(result.Rows) == 0 {
 		return failure
-	}
-	var err error
-	if result.Commit, err = o.commit(ctx); err != nil {
-		return errors.Join(failure, err)
-	}
-	if o.has(bench.Stock) {
-		if result.Peer, err = o.peer(ctx); err != nil {
-			return errors.Join(failure, err)
-		}
 	}
 	file := o.json
 	if file == "" {
@@ -262,6 +260,39 @@ func (o *options) compare(ctx context.Context, b *bench.Bench) error {
 		return errors.New("there are regressions; if they are meant, hack/bench --ci --write-baseline accepts them")
 	}
 	return nil
+}
+
+// origin is what will be measured, and where.
+func (o *options) origin(ctx context.Context) (bench.Origin, error) {
+	commit, err := o.commit(ctx)
+	if err != nil {
+		return bench.Origin{}, err
+	}
+	var peer, binary string
+	if o.has(bench.Stock) {
+		if peer, err = o.peer(ctx); err != nil {
+			return bench.Origin{}, err
+		}
+	}
+	if o.has(bench.Gantry) {
+		if binary, err = o.binary(); err != nil {
+			return bench.Origin{}, err
+		}
+	}
+	return bench.NewOrigin(commit, peer, binary)
+}
+
+// binary is the agent's program on the cluster that is used or made.
+func (o *options) binary() (string, error) {
+	if o.cluster == "" {
+		return o.home.Gantry, nil
+	}
+	c, err := o.home.Open(o.cluster)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	return c.GantryBinary, nil
 }
 
 func (o *options) commit(ctx context.Context) (string, error) {

@@ -202,14 +202,14 @@ func (r *Recorder) add(metric string, values ...float64) {
 func (r *Recorder) note(name string, fact any) { r.notes[name] = fact }
 
 // Run runs the chosen scenarios. What was measured before a failure is in the result.
-func (b *Bench) Run(ctx context.Context) (*Result, error) {
+func (b *Bench) Run(ctx context.Context, result *Result) error {
 	chosen, err := b.choose()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	result := newResult(b)
+	result.began = time.Now()
 	if err := b.warm(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	var failures []error
 	for _, scenario := range chosen {
@@ -220,12 +220,12 @@ func (b *Bench) Run(ctx context.Context) (*Result, error) {
 				break
 			}
 			if err := b.sweep(ctx); err != nil {
-				return result, errors.Join(append(failures, err)...)
+				return errors.Join(append(failures, err)...)
 			}
 		}
 	}
 	result.finish()
-	return result, errors.Join(failures...)
+	return errors.Join(failures...)
 }
 
 func (b *Bench) choose() ([]Scenario, error) {

@@ -10,24 +10,20 @@ import (
 	"strconv"
 	"text/tabwriter"
 	"time"
-
-	"gantry.local/e2e/internal/cluster"
 )
 
 // Result is what a run measured; it is what is written as JSON.
 type Result struct {
 	Started time.Time `json:"started"`
-	Seconds float64   `json:"seconds"`
-	// Commit is that of the repository; Program is the SHA-256 of the measured binary.
-	Commit  string `json:"commit"`
-	Program string `json:"program"`
-	// Peer names the programs of the stock node with their versions.
-	Peer    string  `json:"peer,omitempty"`
-	Quick   bool    `json:"quick"`
-	Machine Machine `json:"machine"`
-	Rows    []*Row  `json:"rows"`
+	// Seconds is how long measuring took, the cluster's making left out.
+	Seconds float64 `json:"seconds"`
+	Origin
+	Quick bool   `json:"quick"`
+	Rows  []*Row `json:"rows"`
 	// Notes are further facts, by scenario and stack, one for each round.
 	Notes map[string]map[string][]map[string]any `json:"notes,omitempty"`
+	// began is when measuring did.
+	began time.Time
 }
 
 // Row is one metric.
@@ -42,16 +38,12 @@ type Row struct {
 	Ratio  *Ratio                 `json:"ratio,omitempty"`
 }
 
-func newResult(b *Bench) *Result {
-	result := &Result{
-		Started: time.Now().UTC(), Quick: b.Quick, Machine: thisMachine(),
+// NewResult is the result of a run that begins, and has measured nothing yet.
+func NewResult(origin Origin, options Options) *Result {
+	return &Result{
+		Started: time.Now().UTC(), Origin: origin, Quick: options.Quick,
 		Notes: map[string]map[string][]map[string]any{},
 	}
-	b.with(func(c *cluster.Cluster) error {
-		result.Program, _ = digest(c.GantryBinary)
-		return nil
-	})
-	return result
 }
 
 // add takes what a stack's turn gave.
@@ -81,7 +73,7 @@ func (r *Result) add(scenario Scenario, stack string, recorder *Recorder) {
 
 // finish computes what follows from the samples.
 func (r *Result) finish() {
-	r.Seconds = math.Round(time.Since(r.Started).Seconds())
+	r.Seconds = math.Round(time.Since(r.began).Seconds())
 	for _, row := range r.Rows {
 		for stack, rounds := range row.Rounds {
 			row.Stacks[stack] = summarize(slices.Concat(rounds...))

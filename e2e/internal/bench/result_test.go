@@ -14,8 +14,12 @@ import (
 // sample is a run with two rows: one whose bar is reached and one whose bar is missed.
 func sample() *Result {
 	r := &Result{
-		Started: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), Commit: strings.Repeat("a", 40), Program: "123456789abc",
-		Machine: Machine{CPUs: 2, CPU: "A <fast> & small one", MemoryMiB: 4096, Kernel: "6.1", Cgroups: "v2", Load: "0.10"},
+		Started: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC),
+		Origin: Origin{
+			Commit: strings.Repeat("a", 40), Program: "123456789abc",
+			Machine: Machine{CPUs: 2, CPU: "A <fast> & small one", MemoryMiB: 4096, Kernel: "6.1", Cgroups: "v2", Load: "0.10"},
+		},
+		began: time.Now(),
 	}
 	scenario := Scenario{Name: "create", Metrics: []Metric{
 		{Name: "create/ready", Title: "Pod create to Ready", Unit: "ms", Bar: 1. / 7},
