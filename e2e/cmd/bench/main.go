@@ -39,6 +39,7 @@ type options struct {
 	keep          bool
 	strict        bool
 	json, from    string
+	resume        string
 	writeDocs     bool
 	ci            bool
 	baseline      string
@@ -55,7 +56,7 @@ func command() *cobra.Command {
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context()) },
+		RunE:          func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context(), cmd.Flags().Changed) },
 	}
 	flags := c.Flags()
 	flags.StringSliceVar(&o.Scenarios, "scenarios", nil, "only these, by name or pattern (burst-*); an unknown one lists all")
@@ -67,15 +68,20 @@ func command() *cobra.Command {
 	flags.StringVar(&o.name, "name", "bench", "name of the cluster that is made and removed")
 	flags.BoolVar(&o.keep, "keep", false, "do not remove the cluster")
 	flags.BoolVar(&o.strict, "strict", false, "fail if a bar is missed")
-	flags.StringVar(&o.json, "json", "", "write the result there (default build/bench/TIME.json)")
+	flags.StringVar(&o.json, "json", "", "write the result there, after each scenario (default build/bench/TIME.json)")
 	flags.StringVar(&o.from, "from", "", "measure nothing: take the result of an earlier run from its JSON")
+	flags.StringVar(&o.resume, "resume", "", "go on with the run that wrote this JSON: measure what it lacks, with its options, and add it")
 	flags.BoolVar(&o.writeDocs, "write-docs", false, "write charts, table and history into docs")
 	flags.BoolVar(&o.ci, "ci", false, "Gantry alone: fail if a figure that does not depend on the machine is more than 25 % above e2e/bench-baseline.json")
 	flags.BoolVar(&o.writeBaseline, "write-baseline", false, "with --ci: write the figures as the new baseline")
+	for _, other := range []string{"from", "ci", "json"} {
+		c.MarkFlagsMutuallyExclusive("resume", other)
+	}
 	return c
 }
 
-func (o *options) run(ctx context.Context) error {
+// run does what the command line asks for; given says whether it has a flag.
+func (o *options) run(ctx context.Context, given func(flag string) bool) error {
 	var err error
 	if o.home, err = cluster.HomeFromEnvironment(); err != nil {
 		return err
@@ -95,15 +101,102 @@ func (o *options) run(ctx context.Context) error {
 	if o.ci {
 		return o.onCluster(ctx, o.compare)
 	}
-	origin, err := o.origin(ctx)
+	result, err := o.begin(ctx, given)
 	if err != nil {
 		return err
 	}
-	result := bench.NewResult(origin, o.Options)
+	if len(result.Lacks(o.Scenarios)) == 0 {
+		fmt.Fprintf(os.Stderr, "%s has all of it\n\n", o.json)
+		return o.conclude(result)
+	}
 	if err := o.buildImages(ctx); err != nil {
 		return err
 	}
 	return o.onCluster(ctx, func(ctx context.Context, b *bench.Bench) error { return o.measure(ctx, b, result) })
+}
+
+// begin is the result to which scenarios will be added: an empty one, or that of
+// the run that is resumed. What can be refused is, before minutes are spent.
+func (o *options) begin(ctx context.Context, given func(flag string) bool) (result *bench.Result, err error) {
+	if err := o.useCluster(); err != nil {
+		return nil, err
+	}
+	if o.resume != "" {
+		if result, err = bench.LoadUnfinished(o.resume); err != nil {
+			return nil, err
+		}
+		if err := o.follow(result, given); err != nil {
+			return nil, fmt.Errorf("--resume %s: %w", o.resume, err)
+		}
+	}
+	if o.Scenarios, err = o.Names(); err != nil {
+		return nil, err
+	}
+	origin, err := o.origin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if o.resume == "" {
+		result = bench.NewResult(origin, o.Options, o.stacks, o.Scenarios)
+	} else if err := result.Resume(origin, o.Scenarios); err != nil {
+		return nil, fmt.Errorf("--resume %s: %w", o.resume, err)
+	}
+	return result, o.chooseFile(result.Started)
+}
+
+// useCluster finds out what a running cluster has, if one is to be used: that is
+// measured, whatever the command line and the environment say.
+func (o *options) useCluster() error {
+	if o.cluster == "" {
+		return nil
+	}
+	c, err := o.home.Open(o.cluster)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	o.stacks, o.home.Gantry = nil, c.GantryBinary
+	for _, n := range c.Nodes {
+		if !n.Guest {
+			o.stacks = append(o.stacks, bench.StackOf(n))
+		}
+	}
+	slices.Sort(o.stacks)
+	o.stacks = slices.Compact(o.stacks)
+	return nil
+}
+
+// follow takes over the options of the run that is resumed. A flag that
+// contradicts one is refused: rows would stand beside each other that do not compare.
+func (o *options) follow(r *bench.Result, given func(flag string) bool) error {
+	for _, option := range []struct {
+		flag    string
+		was, is any
+	}{{"quick", r.Quick, o.Quick}, {"pods", r.Pods, o.Pods}, {"churn", r.Churn, o.Churn}, {"stacks", r.Stacks, o.stacks}} {
+		if given(option.flag) && fmt.Sprint(option.was) != fmt.Sprint(option.is) {
+			return fmt.Errorf("%s: it was %v and --%[1]s says %[3]v: leave --%[1]s out, or begin anew without --resume", option.flag, option.was, option.is)
+		}
+	}
+	if o.cluster != "" && !slices.Equal(r.Stacks, o.stacks) {
+		return fmt.Errorf("stacks: it was %v and cluster %s has %v: use one with a node of each, or begin anew without --resume", r.Stacks, o.cluster, o.stacks)
+	}
+	o.Quick, o.Pods, o.Churn, o.stacks, o.json = r.Quick, r.Pods, r.Churn, r.Stacks, o.resume
+	if !given("scenarios") {
+		o.Scenarios = r.Planned
+	}
+	return nil
+}
+
+// chooseFile says where the result goes if the command line does not.
+func (o *options) chooseFile(started time.Time) error {
+	if o.json == "" {
+		dir := filepath.Join(o.repository, "build/bench")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		o.json = filepath.Join(dir, started.Format("20060102-150405")+".json")
+	}
+	return bench.Savable(o.json)
 }
 
 func (o *options) check() error {
@@ -123,6 +216,8 @@ func (o *options) check() error {
 			return fmt.Errorf("--stacks %q: use %s and %s", s, bench.Gantry, bench.Stock)
 		}
 	}
+	slices.Sort(o.stacks)
+	o.stacks = slices.Compact(o.stacks)
 	if o.ci {
 		o.stacks = []string{bench.Gantry}
 	}
@@ -201,23 +296,20 @@ func (o *options) buildImages(ctx context.Context) error {
 
 // measure is the comparison.
 func (o *options) measure(ctx context.Context, b *bench.Bench, result *bench.Result) error {
-	failure := b.Run(ctx, result)
-	if len(result.Rows) == 0 {
-		return failure
+	if err := b.Run(ctx, result, o.json); err != nil {
+		return o.unfinished(result, err)
 	}
-	file := o.json
-	if file == "" {
-		dir := filepath.Join(o.repository, "build/bench")
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
-		file = filepath.Join(dir, result.Started.Format("20060102-150405")+".json")
+	fmt.Fprintf(os.Stderr, "result: %s\n\n", o.json)
+	return o.conclude(result)
+}
+
+// unfinished adds to what ended a run what there is of it, and how to go on.
+func (o *options) unfinished(result *bench.Result, failure error) error {
+	if len(result.Complete) == 0 {
+		return fmt.Errorf("%w\nno scenario was complete, so no result was written", failure)
 	}
-	if err := result.Save(file); err != nil {
-		return errors.Join(failure, err)
-	}
-	fmt.Fprintf(os.Stderr, "result: %s\n\n", file)
-	return errors.Join(failure, o.conclude(result))
+	return fmt.Errorf("%w\n%s has what is complete: %s\nit lacks: %s\n`hack/bench --resume %[2]s` goes on, `hack/bench --from %[2]s` shows it",
+		failure, o.json, strings.Join(result.Complete, " "), strings.Join(result.Lacks(result.Planned), " "))
 }
 
 // conclude prints a result, and writes it into the documentation if asked to.
@@ -275,24 +367,9 @@ func (o *options) origin(ctx context.Context) (bench.Origin, error) {
 		}
 	}
 	if o.has(bench.Gantry) {
-		if binary, err = o.binary(); err != nil {
-			return bench.Origin{}, err
-		}
+		binary = o.home.Gantry
 	}
 	return bench.NewOrigin(commit, peer, binary)
-}
-
-// binary is the agent's program on the cluster that is used or made.
-func (o *options) binary() (string, error) {
-	if o.cluster == "" {
-		return o.home.Gantry, nil
-	}
-	c, err := o.home.Open(o.cluster)
-	if err != nil {
-		return "", err
-	}
-	defer c.Close()
-	return c.GantryBinary, nil
 }
 
 func (o *options) commit(ctx context.Context) (string, error) {

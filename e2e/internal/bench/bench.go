@@ -66,6 +66,14 @@ type Stack struct {
 	emptyPSS float64
 }
 
+// StackOf is the name of a node's stack.
+func StackOf(n cluster.Node) string {
+	if n.Stock {
+		return Stock
+	}
+	return Gantry
+}
+
 // Node is the name of the stack's Node object.
 func (s *Stack) Node() string { return cluster.Node{Index: s.index}.Name() }
 
@@ -77,10 +85,7 @@ func Open(ctx context.Context, home cluster.Home, name string, options Options) 
 	if err := b.with(func(c *cluster.Cluster) error {
 		kubeconfig, b.registry = c.Kubeconfig(), c.Registry()
 		for _, n := range c.Nodes {
-			stack := Gantry
-			if n.Stock {
-				stack = Stock
-			}
+			stack := StackOf(n)
 			known := slices.ContainsFunc(b.stacks, func(s *Stack) bool { return s.Name == stack })
 			if !known && !n.Guest {
 				b.stacks = append(b.stacks, &Stack{Name: stack, index: n.Index, bench: b})
@@ -201,31 +206,61 @@ func (r *Recorder) add(metric string, values ...float64) {
 // note keeps further facts about the turn, for the JSON.
 func (r *Recorder) note(name string, fact any) { r.notes[name] = fact }
 
-// Run runs the chosen scenarios. What was measured before a failure is in the result.
-func (b *Bench) Run(ctx context.Context, result *Result) error {
+// Run measures the chosen scenarios that the result does not have yet. It saves
+// the result after each, so what ends a run of an hour costs one scenario.
+func (b *Bench) Run(ctx context.Context, result *Result, file string) error {
 	chosen, err := b.choose()
 	if err != nil {
+		return err
+	}
+	if err := b.sweep(ctx); err != nil {
 		return err
 	}
 	result.began = time.Now()
 	if err := b.warm(ctx); err != nil {
 		return err
 	}
-	var failures []error
-	for _, scenario := range chosen {
+	return b.measure(ctx, chosen, result, file)
+}
+
+// measure ends with the first scenario that fails, and what it measured of that
+// is not in the result.
+func (b *Bench) measure(ctx context.Context, scenarios []Scenario, result *Result, file string) error {
+	for _, scenario := range scenarios {
+		if result.has(scenario.Name) {
+			b.say("%s: %s has it", scenario.Name, file)
+			continue
+		}
 		if err := b.run(ctx, scenario, result); err != nil {
-			failures = append(failures, fmt.Errorf("%s: %w", scenario.Name, err))
+			result.dropIncomplete()
 			b.say("FAILED %s: %v", scenario.Name, err)
 			if ctx.Err() != nil {
-				break
+				return fmt.Errorf("interrupted in scenario %s: %w", scenario.Name, err)
 			}
-			if err := b.sweep(ctx); err != nil {
-				return errors.Join(append(failures, err)...)
-			}
+			return fmt.Errorf("scenario %s failed: %w", scenario.Name, err)
+		}
+		result.Complete = append(result.Complete, scenario.Name)
+		result.finish()
+		if err := result.Save(file); err != nil {
+			// The file does not have it.
+			result.Complete = result.Complete[:len(result.Complete)-1]
+			result.dropIncomplete()
+			return fmt.Errorf("save scenario %s: %w", scenario.Name, err)
 		}
 	}
-	result.finish()
-	return errors.Join(failures...)
+	return nil
+}
+
+// Names are those of the chosen scenarios, each of them once.
+func (o Options) Names() ([]string, error) {
+	chosen, err := (&Bench{Options: o}).choose()
+	var names []string
+	for _, s := range chosen {
+		if !slices.Contains(names, s.Name) {
+			names = append(names, s.Name)
+		}
+	}
+	return names, err
 }
 
 func (b *Bench) choose() ([]Scenario, error) {
@@ -271,6 +306,9 @@ func (b *Bench) run(ctx context.Context, scenario Scenario, result *Result) erro
 			slices.Reverse(stacks)
 		}
 		for _, s := range stacks {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
 			r := &Recorder{values: map[string][]float64{}, notes: map[string]any{}}
 			began := time.Now()
 			if err := scenario.Turn(ctx, s, r); err != nil {
@@ -311,10 +349,10 @@ func (b *Bench) warm(ctx context.Context) error {
 	return nil
 }
 
-// sweep removes the Pods that a failed turn has left.
+// sweep removes the Pods that an interrupted run has left on a cluster that was kept.
 func (b *Bench) sweep(ctx context.Context) error {
 	for _, s := range b.stacks {
-		// A turn may have failed because it stopped the agent.
+		// It may have ended while the agent was stopped.
 		if err := b.with(func(c *cluster.Cluster) error { return c.StartAgent(s.index) }); err != nil {
 			return err
 		}
@@ -332,6 +370,7 @@ func (b *Bench) sweep(ctx context.Context) error {
 		if _, err := b.pods.untilGone(ctx, pod.Name); err != nil {
 			return err
 		}
+		b.pods.forget(pod.Name)
 	}
 	return nil
 }

@@ -72,8 +72,8 @@ func (r *Result) shortCommit() string {
 // latest is the run as charts and a table.
 func (r *Result) latest(drawn []chart) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "\n%s. Beside it: %s. Load average before the run: %s. The run took %s.\n\n",
-		r.label(), r.Peer, r.Machine.Load, time.Duration(r.Seconds)*time.Second)
+	fmt.Fprintf(&b, "\n%s. Beside it: %s. Load average before the run: %s. The run took %s%s.\n\n",
+		r.label(), r.Peer, r.Machine.Load, time.Duration(r.Seconds)*time.Second, r.interruptions())
 	for _, c := range drawn {
 		fmt.Fprintf(&b, "![%s](bench/%s)\n\n", c.title, c.file)
 	}
@@ -89,6 +89,15 @@ func (r *Result) latest(drawn []chart) string {
 		line(row.cells())
 	}
 	b.WriteString("\n")
+	return b.String()
+}
+
+// interruptions says when the run was resumed, and how quiet the machine was then.
+func (r *Result) interruptions() string {
+	var b strings.Builder
+	for _, one := range r.Resumed {
+		fmt.Fprintf(&b, "; it was resumed at %s, load average %s", one.Started.UTC().Format("2006-01-02 15:04"), one.Load)
+	}
 	return b.String()
 }
 

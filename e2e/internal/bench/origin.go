@@ -1,5 +1,7 @@
 package bench
 
+import "fmt"
+
 // Origin says what was measured, and where. It is taken before anything is
 // measured: who edits, commits or builds during the hour of a run must not change
 // what its figures are said to be of.
@@ -21,6 +23,35 @@ func NewOrigin(commit, peer, binary string) (Origin, error) {
 		return o, nil
 	}
 	var err error
-	o.Program, err = digest(binary)
-	return o, err
+	if o.Program, err = digest(binary); err != nil {
+		return o, fmt.Errorf("the agent's binary: %w (`make build` makes it, or GANTRY_BIN names another)", err)
+	}
+	return o, nil
+}
+
+// same is an error that names the first thing by which two origins differ, such
+// that figures of one must not stand beside those of the other. Load may differ:
+// it says how quiet the machine was, not which one it is.
+func (o Origin) same(now Origin) error {
+	const source, machine = "check out what was measured", "go on where it began"
+	for _, field := range []struct {
+		name    string
+		was, is any
+		remedy  string
+	}{
+		{"commit", o.Commit, now.Commit, source},
+		{"program", o.Program, now.Program, "set GANTRY_BIN to the binary that was measured"},
+		{"peer", o.Peer, now.Peer, source},
+		{"machine.cpus", o.Machine.CPUs, now.Machine.CPUs, machine},
+		{"machine.cpu", o.Machine.CPU, now.Machine.CPU, machine},
+		{"machine.memoryMiB", o.Machine.MemoryMiB, now.Machine.MemoryMiB, machine},
+		{"machine.kernel", o.Machine.Kernel, now.Machine.Kernel, machine},
+		{"machine.cgroups", o.Machine.Cgroups, now.Machine.Cgroups, machine},
+	} {
+		if field.was != field.is {
+			return fmt.Errorf("%s: it was %q and is now %q: %s, or begin anew without --resume",
+				field.name, fmt.Sprint(field.was), fmt.Sprint(field.is), field.remedy)
+		}
+	}
+	return nil
 }

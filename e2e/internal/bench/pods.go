@@ -132,6 +132,13 @@ func (p *pods) untilGone(ctx context.Context, name string) (sight, error) {
 	return p.until(ctx, name, "gone", sight.isGone)
 }
 
+// forget lets a later Pod have the name of one that is gone.
+func (p *pods) forget(name string) {
+	p.lock.Lock()
+	defer p.lock.Unlock()
+	delete(p.seen, name)
+}
+
 // state says in one line where a Pod stands.
 func state(pod *corev1.Pod) string {
 	if pod == nil {

@@ -1,11 +1,9 @@
 package bench
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"slices"
 	"strconv"
 	"text/tabwriter"
@@ -18,12 +16,22 @@ type Result struct {
 	// Seconds is how long measuring took, the cluster's making left out.
 	Seconds float64 `json:"seconds"`
 	Origin
-	Quick bool   `json:"quick"`
-	Rows  []*Row `json:"rows"`
+	Quick bool `json:"quick"`
+	// Pods, Churn and Stacks are the options with which everything was measured.
+	Pods   []int    `json:"pods,omitempty"`
+	Churn  int      `json:"churn,omitempty"`
+	Stacks []string `json:"stacks,omitempty"`
+	// Planned are the names of the scenarios that the run is to measure; Complete
+	// are those of which all rounds are in Rows.
+	Planned  []string     `json:"planned,omitempty"`
+	Complete []string     `json:"complete,omitempty"`
+	Resumed  []Resumption `json:"resumed,omitempty"`
+	Rows     []*Row       `json:"rows"`
 	// Notes are further facts, by scenario and stack, one for each round.
 	Notes map[string]map[string][]map[string]any `json:"notes,omitempty"`
-	// began is when measuring did.
-	began time.Time
+	// began is when measuring did, and earlier the seconds of the run that is resumed.
+	began   time.Time
+	earlier float64
 }
 
 // Row is one metric.
@@ -39,9 +47,10 @@ type Row struct {
 }
 
 // NewResult is the result of a run that begins, and has measured nothing yet.
-func NewResult(origin Origin, options Options) *Result {
+func NewResult(origin Origin, options Options, stacks, planned []string) *Result {
 	return &Result{
-		Started: time.Now().UTC(), Origin: origin, Quick: options.Quick,
+		Started: time.Now().UTC(), Origin: origin,
+		Quick: options.Quick, Pods: options.Pods, Churn: options.Churn, Stacks: stacks, Planned: planned,
 		Notes: map[string]map[string][]map[string]any{},
 	}
 }
@@ -73,7 +82,7 @@ func (r *Result) add(scenario Scenario, stack string, recorder *Recorder) {
 
 // finish computes what follows from the samples.
 func (r *Result) finish() {
-	r.Seconds = math.Round(time.Since(r.began).Seconds())
+	r.Seconds = r.earlier + math.Round(time.Since(r.began).Seconds())
 	for _, row := range r.Rows {
 		for stack, rounds := range row.Rounds {
 			row.Stacks[stack] = summarize(slices.Concat(rounds...))
@@ -94,28 +103,6 @@ func (r *Result) Missed() (missed []*Row) {
 		}
 	}
 	return missed
-}
-
-// Save writes the result as JSON.
-func (r *Result) Save(file string) error {
-	raw, err := json.MarshalIndent(r, "", " ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(file, append(raw, '\n'), 0o644)
-}
-
-// Load reads what Save wrote.
-func Load(file string) (*Result, error) {
-	raw, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	r := &Result{}
-	if err := json.Unmarshal(raw, r); err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	return r, nil
 }
 
 // cells are a row as the tables show it: title, unit, median and 90th percentile
