@@ -108,6 +108,7 @@ impl ImageStore {
         };
         let (tagged, by_digest) = (describe(&name)?, describe(&name.with_digest(&image.resolved))?);
         self.commit(|| Ok(vec![tagged.clone(), by_digest]))?;
+        self.settle()?;
         Ok(Some(tagged))
     }
 
@@ -188,6 +189,8 @@ impl ImageStore {
             }
         }
         publish_image(self, &image, all, &ready, bytes, &config)?;
+        // Who imports may be about to end, or to make a disk image of this.
+        self.settle()?;
         Ok(named)
     }
 }

@@ -3,16 +3,17 @@
 //! ```text
 //! <data_dir>/images/
 //!   oci-layout, index.json, blobs/sha256/   an OCI image layout: `skopeo inspect oci:<dir>:<name>` reads it
+//!   unsynced.json                           what was pulled in the last moments
 //!   layers/sha256/<chain ID>/diff           an unpacked layer, in overlayfs' form
 //!   layers/sha256/<chain ID>/layer.json     what it takes on disk
 //!   empty/a, empty/b                        lower directories of an image without layers
 //!   tmp/                                    work in progress; swept at start
 //! ```
 //!
-//! `index.json` is the only truth: an image exists if it is named there. Everything it names is on stable storage before
-//! it is written (one `syncfs` for all layers of a pull, then the renames, then the index), so a crash at any instant
-//! leaves either the old index or the new one and nothing half-made behind either. What the index does not reach is
-//! garbage.
+//! `index.json` is the truth: an image exists if it is named there. Everything it names is on stable storage before it is
+//! written, so a crash at any instant leaves either the old index or the new one and nothing half-made behind either.
+//! Images that are not on stable storage yet are named in `unsynced.json`, which counts until the next boot only
+//! (`settle.rs`). What neither reaches is garbage.
 //!
 //! Compressed blobs stay after unpacking. They are what makes the layout complete for other tools, let a lost layer be
 //! unpacked again without the network, and are what containerd keeps by default, so disk sizing carries over.
@@ -33,6 +34,7 @@ use super::error::ImageError;
 use super::manifest::{Descriptor, MAX_MANIFEST, OCI_INDEX};
 use crate::sys::spread::spread;
 
+const UNSYNCED: &str = "unsynced.json";
 /// Full, normalised image name.
 pub(super) const NAME: &str = "org.opencontainers.image.ref.name";
 /// Digest that the name resolved to: the index's for a multi-platform image, while the descriptor is its manifest.
@@ -49,6 +51,14 @@ pub(super) struct Layout {
 pub(super) struct LayerUsage {
     pub bytes: u64,
     pub inodes: u64,
+}
+
+/// `unsynced.json`.
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Unsynced {
+    boot_id: String,
+    manifests: Vec<Descriptor>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -140,6 +150,32 @@ impl Layout {
         self.write_file("index.json", &bytes)
     }
 
+    /// Replaces the names that are not in the index yet. Not durably: they count in this boot only.
+    pub fn write_unsynced(&self, manifests: Vec<Descriptor>) -> Result<(), ImageError> {
+        let path = self.root.join(UNSYNCED);
+        let write = || {
+            if manifests.is_empty() {
+                return match fs::remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                    _ => Ok(()),
+                };
+            }
+            let staging = self.staging();
+            fs::write(&staging.path, serde_json::to_vec(&Unsynced { boot_id: boot_id()?, manifests })?)?;
+            fs::rename(&staging.path, &path)
+        };
+        write().map_err(ImageError::io("write", &path))
+    }
+
+    /// The names that were not in the index yet, if they were written in this boot.
+    pub fn read_unsynced(&self) -> Vec<Descriptor> {
+        let Ok(bytes) = fs::read(self.root.join(UNSYNCED)) else { return Vec::new() };
+        match (serde_json::from_slice::<Unsynced>(&bytes), boot_id()) {
+            (Ok(unsynced), Ok(boot_id)) if unsynced.boot_id == boot_id => unsynced.manifests,
+            _ => Vec::new(),
+        }
+    }
+
     fn write_file(&self, name: &str, bytes: &[u8]) -> Result<(), ImageError> {
         let path = self.root.join(name);
         let staging = self.staging();
@@ -175,15 +211,6 @@ impl Layout {
     pub fn sync(&self) -> Result<(), ImageError> {
         let root = File::open(&self.root).map_err(ImageError::io("open", &self.root))?;
         rustix::fs::syncfs(root).map_err(ImageError::errno("sync", &self.root))
-    }
-
-    /// Makes renames into the directories of blobs and layers durable.
-    pub fn sync_directories(&self) -> Result<(), ImageError> {
-        for dir in ["blobs/sha256", "blobs/sha512", "layers/sha256", "layers/sha512"] {
-            let dir = self.root.join(dir);
-            File::open(&dir).and_then(|d| d.sync_all()).map_err(ImageError::io("sync", &dir))?;
-        }
-        Ok(())
     }
 
     /// What a layer takes on disk; zero if its record is lost.
@@ -256,6 +283,11 @@ impl Layout {
     pub fn time(&self, digest: &Digest) -> SystemTime {
         fs::metadata(self.blob(digest)).and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
     }
+}
+
+/// What the kernel calls its life (random(4)).
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// What may not be removed.

@@ -18,6 +18,7 @@ mod progress;
 mod pull;
 mod reference;
 mod registry;
+mod settle;
 mod store;
 mod tree;
 mod unpack;

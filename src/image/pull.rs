@@ -226,6 +226,7 @@ impl Pull {
         spawn_blocking(move || publish_image(&committing, &committed, images, &layers, &manifest_bytes, &config))
             .await
             .map_err(|e| ImageError::pull(&name, format!("the commit was interrupted: {e}")))??;
+        store.settle_soon();
         drop(spawn_blocking(heap::release));
         Ok(Pulled { image, bytes: bytes + downloaded, duration: started.elapsed() })
     }
@@ -358,7 +359,6 @@ pub(super) fn publish_image(
             }
             lower.insert(0, now);
         }
-        layout.sync()?;
         for (layer, chain_id) in layers.iter().zip(&image.chain) {
             let place = layout.layer(chain_id);
             if let Ready::Staged(staged) = layer {
@@ -368,7 +368,6 @@ pub(super) fn publish_image(
                 return Err(vanished(image, chain_id));
             }
         }
-        layout.sync_directories()?;
         let now = SystemTime::now();
         layout.touch(&image.manifest, now)?;
         layout.touch(&image.config_digest, now)?;

@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,6 +18,7 @@ use super::manifest::{Descriptor, Document, Manifest};
 use super::pull::{LayerJobs, Pulls};
 use super::reference::{Reference, Target, image_id};
 use super::registry::Registry;
+use super::settle;
 
 /// How an [`ImageStore`] is opened.
 #[derive(Clone, Debug)]
@@ -135,6 +137,8 @@ pub struct ImageStore {
     pub(super) pulls: Mutex<Pulls>,
     pub(super) layer_jobs: Mutex<LayerJobs>,
     pub(super) blob_locks: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+    /// Somebody puts pulled images on stable storage (`settle.rs`).
+    pub(super) settling: AtomicBool,
     /// Held by whoever changes what is visible on disk. Never taken on a tokio worker.
     commit: Mutex<()>,
     state: Mutex<State>,
@@ -146,9 +150,14 @@ pub struct ImageStore {
 struct State {
     /// By normalised name.
     images: BTreeMap<String, Image>,
+    /// Those that the index does not name yet.
+    unsynced: Unsynced,
     /// Blobs and chain IDs that pulls in flight count on, with their number.
     pins: HashMap<Pin, usize>,
 }
+
+/// Names and manifests of images that may not be on stable storage yet.
+pub(super) type Unsynced = BTreeMap<String, Digest>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Pin {
@@ -196,34 +205,50 @@ impl ImageStore {
             pulls: Mutex::default(),
             layer_jobs: Mutex::default(),
             blob_locks: Mutex::default(),
+            settling: AtomicBool::new(false),
             commit: Mutex::new(()),
             state: Mutex::default(),
             opened: Instant::now(),
             _lock: lock,
         };
-        let entries = store.layout.read_index()?;
-        let mut images = BTreeMap::new();
-        for entry in &entries {
+        let mut entries = store.layout.read_index()?;
+        let indexed = entries.len();
+        entries.extend(store.layout.read_unsynced());
+        let (mut images, mut unsynced) = (BTreeMap::<String, Image>::new(), Unsynced::new());
+        let mut incomplete = false;
+        for (at, entry) in entries.iter().enumerate() {
             match store.load(entry) {
+                // A crash after it came into the index.
+                Some(image) if images.contains_key(&image.name) => {}
                 Some(image) => {
+                    if at >= indexed {
+                        unsynced.insert(image.name.clone(), image.manifest.clone());
+                    }
                     images.insert(image.name.clone(), image);
                 }
-                None => tracing::warn!(
-                    name = entry.annotations.get(NAME).map_or("", String::as_str),
-                    digest = %entry.digest,
-                    "image is not complete on disk; it is dropped and will be pulled again when it is needed"
-                ),
+                None => {
+                    incomplete = true;
+                    tracing::warn!(
+                        name = entry.annotations.get(NAME).map_or("", String::as_str),
+                        digest = %entry.digest,
+                        "image is not complete on disk; it is dropped and will be pulled again when it is needed"
+                    );
+                }
             }
         }
-        let incomplete = images.len() != entries.len();
-        store.state().images = images;
+        {
+            let mut state = store.state();
+            (state.images, state.unsynced) = (images, unsynced);
+        }
         if incomplete || entries.is_empty() {
             store.write_index()?;
         }
         for trash in store.layout.remove_unreachable(&store.reachable())? {
             remove_tree(&trash)?;
         }
-        Ok(Arc::new(store))
+        let store = Arc::new(store);
+        store.settle_soon();
+        Ok(store)
     }
 
     /// The image of that name, tag, digest or ID, if it is here. Does no I/O.
@@ -319,6 +344,8 @@ impl ImageStore {
                     return Ok(false);
                 }
                 state.images.retain(|_, image| image.id != id);
+                let State { images, unsynced, .. } = &mut *state;
+                unsynced.retain(|name, _| images.contains_key(name));
             }
             self.write_index()?;
             self.layout.remove_unreachable(&self.reachable())?
@@ -353,26 +380,59 @@ impl ImageStore {
         Pins { store: self, pins }
     }
 
-    /// Makes images visible after `publish` has put their files in place. Blocking.
+    /// Makes images visible after `publish` has put their files in place. On stable storage they are only after
+    /// [`ImageStore::settle`], unless a name moves. Blocking.
     pub(super) fn commit(&self, publish: impl FnOnce() -> Result<Vec<Image>, ImageError>) -> Result<(), ImageError> {
         let _commit = lock(&self.commit);
         let images = publish()?;
-        let mut previous = Vec::new();
-        {
+        let (before, moved, named_again) = {
             let mut state = self.state();
+            let before = (state.images.clone(), state.unsynced.clone());
+            let moved = images.iter().any(|image| settle::moves(image, before.0.get(&image.name)));
+            let durable = |manifest: &Digest| {
+                before.0.values().any(|image| image.manifest == *manifest && !before.1.contains_key(&image.name))
+            };
+            let mut named_again = false;
             for image in images {
-                previous.push((image.name.clone(), state.images.insert(image.name.clone(), image)));
+                if durable(&image.manifest) {
+                    state.unsynced.remove(&image.name);
+                    named_again = true;
+                } else {
+                    state.unsynced.insert(image.name.clone(), image.manifest.clone());
+                }
+                state.images.insert(image.name.clone(), image);
             }
-        }
-        let written = self.write_index();
+            (before, moved, named_again)
+        };
+        let written = if moved {
+            self.layout.sync().and_then(|()| {
+                self.state().unsynced.clear();
+                self.write_index()
+            })
+        } else {
+            // New names for what is in the index already have to be there as well.
+            self.write(named_again)
+        };
         if written.is_err() {
             let mut state = self.state();
-            for (name, image) in previous {
-                match image {
-                    Some(image) => state.images.insert(name, image),
-                    None => state.images.remove(&name),
-                };
-            }
+            (state.images, state.unsynced) = before;
+        }
+        written
+    }
+
+    /// What may not be on stable storage yet.
+    pub(super) fn unsynced(&self) -> Unsynced {
+        self.state().unsynced.clone()
+    }
+
+    /// These are on stable storage now, unless they have been replaced meanwhile.
+    pub(super) fn settled(&self, synced: &Unsynced) -> Result<(), ImageError> {
+        let _commit = lock(&self.commit);
+        let before = self.unsynced();
+        self.state().unsynced.retain(|name, manifest| synced.get(name) != Some(manifest));
+        let written = self.write_index();
+        if written.is_err() {
+            self.state().unsynced = before;
         }
         written
     }
@@ -433,14 +493,25 @@ impl ImageStore {
         complete.then_some(image)
     }
 
+    /// Writes the index, durably, and then what is not in it yet: what moves there is always in one of the two.
     fn write_index(&self) -> Result<(), ImageError> {
-        let entries = self.with_images(|images| {
+        self.write(true)
+    }
+
+    fn write(&self, index: bool) -> Result<(), ImageError> {
+        let (durable, unsynced) = {
+            let state = self.state();
             let entry = |image: &Image| {
                 layout::named(&image.name, &image.resolved, &image.media_type, &image.manifest, image.manifest_size)
             };
-            images.values().map(entry).collect()
-        });
-        self.layout.write_index(entries)
+            let (unsynced, durable): (Vec<&Image>, Vec<&Image>) =
+                state.images.values().partition(|image| state.unsynced.contains_key(&image.name));
+            (durable.into_iter().map(entry).collect::<Vec<_>>(), unsynced.into_iter().map(entry).collect::<Vec<_>>())
+        };
+        if index {
+            self.layout.write_index(durable)?;
+        }
+        self.layout.write_unsynced(unsynced)
     }
 
     fn reachable(&self) -> Reachable {

@@ -62,8 +62,6 @@ type Stack struct {
 	// index is the number of the node.
 	index int
 	bench *Bench
-	// counts of the processes' memory with no Pods, for what each Pod adds.
-	emptyPSS float64
 }
 
 // StackOf is the name of a node's stack.

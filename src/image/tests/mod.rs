@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::digest::Digest;
 use super::manifest::{OCI_INDEX, OCI_MANIFEST, architecture};
-use super::{ImageStore, StoreConfig};
+use super::{ImageError, ImageStore, StoreConfig};
 
 /// How a layer travels.
 #[derive(Clone, Copy, Debug)]
@@ -236,5 +236,11 @@ impl TestStore {
 pub(super) fn open(dir: &Path) -> Arc<ImageStore> {
     let mut config = StoreConfig::new(dir);
     config.read_timeout = std::time::Duration::from_millis(400);
-    ImageStore::open(config).unwrap()
+    loop {
+        match ImageStore::open(config.clone()) {
+            // Who puts the images of an earlier one on stable storage may be holding it for a moment.
+            Err(ImageError::Io { action: "lock", .. }) => std::thread::yield_now(),
+            opened => return opened.unwrap(),
+        }
+    }
 }

@@ -26,6 +26,92 @@ fn reopen(node: TestStore) -> TestStore {
     TestStore { store: open(dir.path()), dir }
 }
 
+/// Names in one of the store's two indexes.
+fn named_in(node: &TestStore, file: &str) -> Vec<String> {
+    let Ok(bytes) = std::fs::read(node.images().join(file)) else { return Vec::new() };
+    let index: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    let name = |entry: &serde_json::Value| {
+        let name = entry["annotations"]["org.opencontainers.image.ref.name"].as_str().unwrap();
+        name.rsplit_once('/').unwrap().1.to_owned()
+    };
+    index["manifests"].as_array().unwrap().iter().map(name).filter(|name| !name.contains('@')).collect()
+}
+
+/// A store that leaves pulled images where a crash right after the pull would find them.
+fn unsettled() -> TestStore {
+    let node = TestStore::new();
+    node.store.settling.store(true, std::sync::atomic::Ordering::Release);
+    node
+}
+
+fn settled(node: &TestStore) {
+    let until = std::time::Instant::now() + Duration::from_secs(20);
+    while node.images().join("unsynced.json").exists() {
+        assert!(std::time::Instant::now() < until, "not settled");
+        std::thread::yield_now();
+    }
+}
+
+#[tokio::test]
+async fn a_pulled_image_comes_into_the_index_when_it_is_on_the_disk() {
+    let (registry, node) = (TestRegistry::start().await, unsettled());
+    let id = pull(&registry, &node, "v1").await;
+    assert_eq!((named_in(&node, "index.json"), named_in(&node, "unsynced.json")), (vec![], vec!["app:v1".to_owned()]));
+    // The agent is killed, and is there again.
+    let node = reopen(node);
+    assert_eq!(node.store.resolve(&registry.name("app:v1")).unwrap().unwrap().id, id);
+    settled(&node);
+    assert_eq!(named_in(&node, "index.json"), ["app:v1"]);
+    assert_eq!((node.names("blobs/sha256").len(), node.names("layers/sha256").len()), (4, 2));
+    // Killed between the two writes.
+    let index = std::fs::read(node.images().join("index.json")).unwrap();
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let mut both: serde_json::Value = serde_json::from_slice(&index).unwrap();
+    both["bootId"] = boot_id.trim().into();
+    std::fs::write(node.images().join("unsynced.json"), both.to_string()).unwrap();
+    let node = reopen(node);
+    assert_eq!((node.store.list().len(), named_in(&node, "index.json")), (1, vec!["app:v1".to_owned()]));
+}
+
+#[tokio::test]
+async fn a_power_failure_takes_only_what_was_not_on_the_disk() {
+    let (registry, node) = (TestRegistry::start().await, TestStore::new());
+    pull(&registry, &node, "v1").await;
+    settled(&node);
+    node.store.settling.store(true, std::sync::atomic::Ordering::Release);
+    pull(&registry, &node, "v2").await;
+    let file = node.images().join("unsynced.json");
+    let mut unsynced: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    unsynced["bootId"] = "00000000-0000-0000-0000-000000000000".into();
+    std::fs::write(&file, unsynced.to_string()).unwrap();
+    let node = reopen(node);
+    assert!(node.store.resolve(&registry.name("app:v1")).unwrap().is_some());
+    assert!(node.store.resolve(&registry.name("app:v2")).unwrap().is_none(), "its files may be torn");
+    assert_eq!((node.names("blobs/sha256").len(), node.names("layers/sha256").len()), (4, 2));
+}
+
+#[tokio::test]
+async fn a_name_that_moves_is_in_the_index_at_once() {
+    let (registry, node) = (TestRegistry::start().await, unsettled());
+    pull(&registry, &node, "v1").await;
+    let layer = Layer::file("other", b"other", Compression::Gzip);
+    let image = TestImage::new(&[&layer]);
+    registry.push("app", "v1", &image, &[&layer]);
+    node.store.pull(&registry.name("app:v1"), &[], None).await.unwrap();
+    assert_eq!((named_in(&node, "index.json"), named_in(&node, "unsynced.json")), (vec!["app:v1".to_owned()], vec![]));
+    assert_eq!(reopen(node).store.resolve(&registry.name("app:v1")).unwrap().unwrap().id, image.id());
+}
+
+#[tokio::test]
+async fn an_image_can_go_before_it_is_on_the_disk() {
+    let (registry, node) = (TestRegistry::start().await, unsettled());
+    pull(&registry, &node, "v1").await;
+    assert!(node.store.remove(&registry.name("app:v1"), &HashSet::new()).unwrap());
+    assert!(!node.images().join("unsynced.json").exists());
+    node.store.settle().unwrap();
+    assert!(named_in(&node, "index.json").is_empty() && node.names("layers/sha256").is_empty());
+}
+
 #[tokio::test]
 async fn survives_a_restart_and_sweeps_what_a_crash_left() {
     let (registry, node) = (TestRegistry::start().await, TestStore::new());
