@@ -152,6 +152,7 @@ func TestPreemption(t *testing.T) {
 	t.Parallel()
 	own(t, victimName) // others would be ended
 	e := kit.New(t)
+	e.WaitAlone(victimName)
 	name := victimName
 	node, err := e.Client.CoreV1().Nodes().Get(e.Ctx, name, metav1.GetOptions{})
 	if err != nil {

@@ -23,25 +23,27 @@ struct Mount {
 }
 
 impl Hierarchies {
-    /// From `/proc/self/mountinfo`. On a hybrid node both versions are there, and the same path is looked up in each.
+    /// From `/proc/self/mountinfo`. On a hybrid node both versions are there, and the same path is looked up in each. In a
+    /// container with version 1 each mount shows a part of its hierarchy, and paths are those below that.
     pub(super) fn discover() -> io::Result<Hierarchies> {
         Ok(Hierarchies::parse(&fs::read_to_string("/proc/self/mountinfo")?))
     }
 
     fn parse(mountinfo: &str) -> Hierarchies {
         let mut mounts: Vec<Mount> = Vec::new();
+        let mut seen = BTreeSet::new();
         for line in mountinfo.lines() {
             let Some((left, right)) = line.split_once(" - ") else { continue };
             let (mut left, mut right) = (left.split(' '), right.split(' '));
             let (Some(kind), Some(options)) = (right.next(), right.nth(1)) else { continue };
-            // A mount of a part of a hierarchy (root other than "/") is somebody's bind mount.
-            let (Some("/"), Some(path)) = (left.nth(3), left.next()) else { continue };
+            let (Some(device), Some(path)) = (left.nth(2), left.nth(1)) else { continue };
             let controllers = match kind {
                 "cgroup2" => Vec::new(),
                 "cgroup" => options.split(',').map(str::to_owned).collect(),
                 _ => continue,
             };
-            if path.starts_with("/sys/fs/cgroup") {
+            // What is mounted later of the same hierarchy is somebody's bind mount.
+            if path.starts_with("/sys/fs/cgroup") && seen.insert(device) {
                 mounts.push(Mount { path: PathBuf::from(path), controllers });
             }
         }
@@ -213,6 +215,12 @@ mod tests {
         );
         let paths: Vec<_> = hierarchies.mounts.iter().map(|m| m.path.display().to_string()).collect();
         assert_eq!(paths, ["/sys/fs/cgroup/unified", "/sys/fs/cgroup/memory"]);
+        let nested = Hierarchies::parse(
+            "31 30 0:29 /pods/node /sys/fs/cgroup/cpu rw master:3 - cgroup cgroup rw,cpu\n\
+             34 30 0:30 /pods/node /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n",
+        );
+        let paths: Vec<_> = nested.mounts.iter().map(|m| m.path.display().to_string()).collect();
+        assert_eq!(paths, ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/memory"]);
     }
 
     #[test]

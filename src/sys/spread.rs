@@ -21,3 +21,21 @@ pub fn spread(dir: &Path) {
         tracing::debug!(dir = %dir.display(), %error, "the file system spreads directories as it likes");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `EXT4_SUPER_MAGIC` of linux/magic.h.
+    const EXT4: u64 = 0xef53;
+
+    #[test]
+    fn a_directory_of_ext4_is_marked_and_others_are_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        spread(dir.path());
+        let opened = File::open(dir.path()).unwrap();
+        let is_ext4 = u64::try_from(rustix::fs::fstatfs(&opened).unwrap().f_type) == Ok(EXT4);
+        assert_eq!(ioctl_getflags(&opened).is_ok_and(|flags| flags.contains(IFlags::TOPDIR)), is_ext4);
+        spread(&dir.path().join("missing"));
+    }
+}

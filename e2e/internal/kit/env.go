@@ -195,6 +195,25 @@ func (e *Env) DeleteAll(timeout time.Duration) {
 	})
 }
 
+// WaitAlone waits until the Pods of earlier tests have left a node: their
+// namespaces are removed without waiting for it, and until then they take room.
+func (e *Env) WaitAlone(node string) {
+	e.t.Helper()
+	e.Eventually(time.Minute, "no Pods of other tests on "+node, func() (bool, string) {
+		list, err := e.Client.CoreV1().Pods("").List(e.Ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
+		if err != nil {
+			return false, err.Error()
+		}
+		var others []string
+		for _, pod := range list.Items {
+			if strings.HasPrefix(pod.Namespace, "e2e-") && pod.Namespace != e.Namespace {
+				others = append(others, pod.Namespace+"/"+pod.Name)
+			}
+		}
+		return len(others) == 0, strings.Join(others, " ")
+	})
+}
+
 // WaitPod watches a Pod until check holds; check also says what it sees.
 func (e *Env) WaitPod(name string, timeout time.Duration, what string, check func(*corev1.Pod) (bool, string)) *corev1.Pod {
 	e.t.Helper()
