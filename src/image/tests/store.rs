@@ -46,7 +46,8 @@ fn unsettled() -> TestStore {
 
 fn settled(node: &TestStore) {
     let until = std::time::Instant::now() + Duration::from_secs(20);
-    while node.images().join("unsynced.json").exists() {
+    let busy = || node.store.settling.load(std::sync::atomic::Ordering::Acquire);
+    while node.images().join("unsynced.json").exists() || busy() {
         assert!(std::time::Instant::now() < until, "not settled");
         std::thread::yield_now();
     }
