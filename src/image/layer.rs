@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use flate2::bufread::MultiGzDecoder;
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tokio::sync::mpsc;
 
 use super::digest::{Digest, Hasher};
 use super::error::{ImageError, remedy};
 use super::layout::{LayerUsage, Layout, Staging};
 use super::unpack::{DIRECTORY, UnpackError, Unpacked, copy_directory_attributes, unpack_layer};
+use crate::sys::openat2::openat2;
 
 /// Reads ahead of the tar reader; also the size of the pieces in which files are written.
 const BUFFER: usize = 256 << 10;

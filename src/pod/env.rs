@@ -306,8 +306,8 @@ fn read_env_file(volume: &Path, path: &str, key: &str) -> Result<Option<String>,
     let root = root.map_err(|error| format!("open volume: {error}"))?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let file =
-        rustix::fs::openat2(root, path, flags, Mode::empty(), resolve).map_err(|error| format!("open: {error}"))?;
+    let file = crate::sys::openat2::openat2(root, path, flags, Mode::empty(), resolve)
+        .map_err(|error| format!("open: {error}"))?;
     let stat = rustix::fs::fstat(&file).map_err(|error| format!("stat: {error}"))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err("not a regular file".to_owned());

@@ -59,7 +59,7 @@ fn open(root: &Path, path: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     loop {
-        match rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve) {
+        match crate::sys::openat2::openat2(&root, path, flags, Mode::empty(), resolve) {
             // Something was renamed while the kernel looked.
             Err(Errno::AGAIN | Errno::INTR) => {}
             outcome => return Ok(outcome?),

@@ -6,6 +6,7 @@ pub mod confine;
 pub mod fork;
 pub mod heap;
 pub mod mountattr;
+pub mod openat2;
 pub mod scratch;
 pub mod spread;
 pub mod watch;

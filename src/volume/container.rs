@@ -187,8 +187,9 @@ const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICL
 /// an `fsGroup`. Nothing is made outside of the volume, whatever links are in it.
 fn make_sub_path(volume: &Path, sub_path: &Path) -> rustix::io::Result<()> {
     let root = rustix::fs::openat(CWD, volume, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let open =
-        |path: &Path, flags: OFlags| rustix::fs::openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), INSIDE);
+    let open = |path: &Path, flags: OFlags| {
+        crate::sys::openat2::openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), INSIDE)
+    };
     match open(sub_path, OFlags::PATH) {
         Ok(_) => return Ok(()),
         Err(Errno::NOENT) => {}

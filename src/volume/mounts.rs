@@ -154,7 +154,7 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
 
 fn open_below(directory: impl AsFd, name: &[u8]) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    rustix::fs::openat2(directory, name, flags, Mode::empty(), BELOW)
+    crate::sys::openat2::openat2(directory, name, flags, Mode::empty(), BELOW)
 }
 
 /// A directory that is being emptied, and its name in the one before it.

@@ -7,9 +7,10 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat};
 
 use super::{ContainerInput, Security, SpecError};
+use crate::sys::openat2::openat2;
 
 /// Largest file that is read.
 const MAX_FILE: u64 = 1 << 20;

@@ -4,8 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat, openat2, readlinkat};
+use rustix::fs::{Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat, readlinkat};
 use rustix::io::Errno;
+
+use crate::sys::openat2::openat2;
 
 /// Most symlinks followed for a destination that does not exist yet; the kernel's own limit.
 const MAX_LINKS: u32 = 40;
