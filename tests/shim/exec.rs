@@ -57,6 +57,10 @@ async fn errors_name_what_is_wrong() {
     request.process.set_cwd("/not/there".into());
     let Err(ShimError::Start(text)) = pod.shim.exec(request, ExecStdio::default()).await else { panic!("started") };
     assert!(text.contains("/not/there") && text.contains("no such file or directory"), "{text}");
+    let mut request = pod.exec_request(&draft, "long", "");
+    request.process.set_args(Some(vec!["\u{1}".repeat(200_000)]));
+    let Err(ShimError::Start(text)) = pod.shim.exec(request, ExecStdio::default()).await else { panic!("started") };
+    assert!(text.starts_with("exec: \"\\u{1}") && text.len() <= 2048, "{text}");
     let mut request = pod.exec_request(&draft, "e3", "true");
     request.container_id = "f".repeat(64);
     assert!(matches!(pod.shim.exec(request, ExecStdio::default()).await, Err(ShimError::NotFound(_))));

@@ -13,6 +13,14 @@ use serde::de::DeserializeOwned;
 
 /// Longest message in bytes.
 const LIMIT: usize = 16 << 10;
+/// Longest text in a message: escaped, every byte may take six.
+const TEXT_LIMIT: usize = 2 << 10;
+
+/// A text that fits into a message. Names of programs are in it, which can be long.
+pub(super) fn shortened(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(TEXT_LIMIT));
+    text
+}
 
 /// Sends a message.
 pub(super) fn send(socket: &OwnedFd, message: &impl Serialize, fd: Option<&OwnedFd>) -> io::Result<()> {

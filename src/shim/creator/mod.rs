@@ -29,7 +29,7 @@ use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
-use self::answer::{receive_fd, send};
+use self::answer::{receive_fd, send, shortened};
 use self::executor::{Plan, PodExecutor};
 use self::seccomp::Filter;
 use super::bundle::Setup;
@@ -89,7 +89,7 @@ fn run(task: Task<'_>, result: &OwnedFd) {
     };
     let (outcome, console) = match done {
         Ok((outcome, console)) => (outcome, console),
-        Err(error) => (Outcome { error: Some(detail.explain(error)), ..Outcome::default() }, None),
+        Err(error) => (Outcome { error: Some(shortened(detail.explain(error))), ..Outcome::default() }, None),
     };
     let _shim_gone = send(result, &outcome, console.as_ref());
 }

@@ -18,7 +18,7 @@ use nix::unistd::{Gid, Pid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, setgroups
 use oci_spec::runtime::User;
 use rustix::process::{PidfdFlags, pidfd_open};
 
-use super::answer::{receive, send};
+use super::answer::{receive, send, shortened};
 use super::executor::{Plan, START_FAILED};
 use super::{Stdio, load_filter, spec, streams, terminal};
 use crate::shim::cgroup::Hierarchies;
@@ -71,7 +71,8 @@ pub(in crate::shim) fn spawn(tenant: &Tenant<'_>, word: &OwnedFd) -> io::Result<
             );
             let refused = catch_unwind(AssertUnwindSafe(|| tenant.enter(init, init_fd.as_fd(), word)))
                 .unwrap_or_else(|_| refuse(ErrorKind::Create, "the process panicked on its way into the container"));
-            let Err(body) = refused;
+            let Err(ErrorBody { kind, message }) = refused;
+            let body = ErrorBody { kind, message: shortened(message) };
             let _shim_gone = send(word, &Word::Some(body), None);
             exit_now(START_FAILED)
         }
