@@ -223,10 +223,15 @@ impl Pull {
         let (layers, downloaded) = self.layers(&session, &manifest, &image).await?;
         let committing = Arc::clone(store);
         let committed = image.clone();
-        spawn_blocking(move || publish_image(&committing, &committed, images, &layers, &manifest_bytes, &config))
+        // Both together: this goes on when the callers give the pull up.
+        let publish = move || {
+            publish_image(&committing, &committed, images, &layers, &manifest_bytes, &config)?;
+            committing.settle_soon();
+            Ok(())
+        };
+        spawn_blocking(publish)
             .await
             .map_err(|e| ImageError::pull(&name, format!("the commit was interrupted: {e}")))??;
-        store.settle_soon();
         drop(spawn_blocking(heap::release));
         Ok(Pulled { image, bytes: bytes + downloaded, duration: started.elapsed() })
     }
