@@ -58,7 +58,8 @@ pub fn fork_beside(process: impl AsFd) -> io::Result<Fork> {
         // Every later child would be born there. Cannot happen: it is where this process is.
         std::process::abort();
     }
-    prctl::set_dumpable(dumpable)?;
+    // A child may be there: this must not hide it. Nothing depends on it but who may look into the shim.
+    let _stays_as_it_is = prctl::set_dumpable(dumpable);
     forked
 }
 

@@ -1,4 +1,5 @@
 //! `openat2(2)`, again where the kernel asks for that.
+#![allow(clippy::disallowed_methods, reason = "this is what is to be used in its place")]
 
 use std::os::fd::{AsFd, OwnedFd};
 
