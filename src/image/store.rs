@@ -247,7 +247,9 @@ impl ImageStore {
             remove_tree(&trash)?;
         }
         let store = Arc::new(store);
-        store.settle_soon();
+        if !store.unsynced().is_empty() {
+            store.settle_soon();
+        }
         Ok(store)
     }
 

@@ -214,8 +214,11 @@ impl TestStore {
         self.dir.path().join("images")
     }
 
-    /// What is in a directory of the store.
+    /// What is in a directory of the store, once nobody puts pulled images on stable storage: the index is made in `tmp`.
     pub fn names(&self, below: &str) -> Vec<String> {
+        while below == "tmp" && self.store.settling.load(std::sync::atomic::Ordering::Acquire) {
+            std::thread::yield_now();
+        }
         let mut names: Vec<_> = std::fs::read_dir(self.images().join(below))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
