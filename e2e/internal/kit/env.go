@@ -78,7 +78,9 @@ func (e *Env) In(t testing.TB) *Env {
 
 // Dump prints what explains a failure.
 func (e *Env) Dump() {
-	for _, args := range [][]string{{"get", "nodes,pods", "-o", "wide"}, {"describe", "pods"}} {
+	// kubectl wants a selector for the logs of all Pods: none has this label.
+	logsOfAll := []string{"logs", "--selector", "!gantry.local/none", "--all-containers", "--prefix", "--tail", "20"}
+	for _, args := range [][]string{{"get", "nodes,pods", "-o", "wide"}, {"describe", "pods"}, logsOfAll} {
 		out, errOut, err := e.Kubectl(e.Ctx, append([]string{"-n", e.Namespace}, args...)...)
 		if err != nil {
 			out += fmt.Sprintf("%v %s", err, errOut)
