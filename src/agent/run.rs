@@ -34,6 +34,8 @@ use crate::sys::heap;
 
 /// How long a standalone node waits for its Pod network.
 const NETWORK_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait at the end for the API server to take the last events.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
 
 /// Runs the agent; returns when it is told to stop.
 #[must_use]
@@ -144,6 +146,7 @@ impl Running {
         self.cluster.cancel.cancel();
         local::close(&self.node.config.paths.state_dir);
         self.node.pods.detach().await;
+        self.cluster.events.flush(LAST_EVENTS).await;
     }
 }
 

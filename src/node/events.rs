@@ -3,6 +3,10 @@
 //! Recording never waits: a bounded queue takes the event, a task sends it. What the queue cannot hold, or what
 //! repeats itself too much, is dropped. Source: client-go `tools/record`, `FilterEventRecorder` in
 //! `pkg/kubelet/container/helpers.go`.
+//!
+//! Events that only tell how things go give way to the things themselves: they are sent when there was nothing new
+//! for [`QUIET`], after [`LONGEST`] at the latest. A Pod's start makes three of them, which is half of what it asks of
+//! the API server. kubelet sends them at once, beside the requests that its Pods wait for.
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -13,7 +17,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use super::correlate::{Correlator, Verdict};
 use super::rate::TokenBucket;
@@ -25,6 +30,9 @@ const QUEUE: usize = 1000;
 /// Attempts and pause for an API server that is away.
 const TRIES: usize = 12;
 const PAUSE: Duration = Duration::from_secs(10);
+/// Pause after which what was happening is over, and longest time that an event is held back.
+const QUIET: Duration = Duration::from_millis(250);
+const LONGEST: Duration = Duration::from_secs(2);
 /// The API server takes 1024 bytes of message.
 const MAX_MESSAGE: usize = 1024;
 
@@ -51,7 +59,15 @@ impl EventType {
 pub struct EventRecorder {
     node_name: Arc<str>,
     node_uid: Arc<RwLock<Option<String>>>,
-    queue: Option<mpsc::Sender<Event>>,
+    queue: Option<mpsc::Sender<Item>>,
+}
+
+/// What the sending task is told.
+#[derive(Debug)]
+enum Item {
+    Event(Box<Event>),
+    /// Hold nothing back, and say when all before it are sent.
+    Flush(oneshot::Sender<()>),
 }
 
 impl EventRecorder {
@@ -141,22 +157,76 @@ impl EventRecorder {
             reporting_instance: Some(self.node_name.to_string()),
             ..Event::default()
         };
-        if queue.try_send(event).is_err() {
+        if queue.try_send(Item::Event(Box::new(event))).is_err() {
             tracing::warn!(reason, "event dropped: too many wait for the API server");
+        }
+    }
+
+    /// Sends what is held back, before the process ends. Does not wait longer than `limit`.
+    pub async fn flush(&self, limit: Duration) {
+        let Some(queue) = &self.queue else { return };
+        let (sent, all_sent) = oneshot::channel();
+        let flushed = async {
+            if queue.send(Item::Flush(sent)).await.is_ok() {
+                // an error is a task that has ended: nothing is held back
+                let _ = all_sent.await;
+            }
+        };
+        if tokio::time::timeout(limit, flushed).await.is_err() {
+            tracing::warn!("events are lost: the API server did not take them in time");
         }
     }
 }
 
-async fn send_all(client: Client, mut queue: mpsc::Receiver<Event>, bucket: TokenBucket) {
-    let mut correlator = Correlator::new();
-    while let Some(event) = queue.recv().await {
-        let verdict = correlator.judge(event, Timestamp::now());
+async fn send_all(client: Client, mut queue: mpsc::Receiver<Item>, bucket: TokenBucket) {
+    let mut sender = Sender { client, bucket, correlator: Correlator::new() };
+    while let Some(first) = queue.recv().await {
+        let latest = Instant::now() + LONGEST;
+        let mut held = Vec::new();
+        let mut item = first;
+        let flushed = loop {
+            match item {
+                Item::Flush(sent) => break Some(sent),
+                Item::Event(event) => {
+                    let is_urgent = event.type_.as_deref() != Some(EventType::Normal.as_str());
+                    held.push(event);
+                    if is_urgent || held.len() == QUEUE {
+                        break None;
+                    }
+                }
+            }
+            // on time, and at the end of the recorders
+            let Ok(Some(next)) = tokio::time::timeout_at(latest.min(Instant::now() + QUIET), queue.recv()).await else {
+                break None;
+            };
+            item = next;
+        };
+        for event in held {
+            sender.send(*event).await;
+        }
+        if let Some(sent) = flushed {
+            // who asked may have lost patience
+            let _ = sent.send(());
+        }
+    }
+}
+
+struct Sender {
+    client: Client,
+    bucket: TokenBucket,
+    correlator: Correlator,
+}
+
+impl Sender {
+    async fn send(&mut self, event: Event) {
+        let happened = event.last_timestamp.as_ref().map_or_else(Timestamp::now, |time| time.0);
+        let verdict = self.correlator.judge(event, happened);
         if verdict == Verdict::Drop {
-            continue;
+            return;
         }
         for attempt in 1..=TRIES {
-            bucket.acquire().await;
-            match send(&client, &verdict).await {
+            self.bucket.acquire().await;
+            match send(&self.client, &verdict).await {
                 Ok(()) => break,
                 // an answer is final: the namespace may be going away
                 Err(error @ kube::Error::Api(_)) => {
@@ -249,6 +319,55 @@ mod tests {
         let methods: Vec<_> = api.seen().into_iter().map(|seen| seen.method).collect();
         assert_eq!(methods, ["POST", "POST", "PATCH", "POST"]);
         assert_eq!(api.seen()[0].body["message"].as_str().unwrap().len(), MAX_MESSAGE);
+    }
+
+    /// When each of the requests came, in milliseconds, with one event recorded every `pace` until `until`.
+    async fn sent_at(kind: EventType, pace: Duration, until: Duration) -> Vec<u128> {
+        let api = FakeApi::default();
+        let (recorder, task) = EventRecorder::new("n", api.client(), &KubeletConfiguration::default());
+        let start = Instant::now();
+        let times = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let seen = times.clone();
+        api.on(move |_| {
+            seen.lock().unwrap().push(start.elapsed().as_millis());
+            None
+        });
+        let task = tokio::spawn(task);
+        let mut recorded = 0;
+        while start.elapsed() < until {
+            recorded += 1;
+            recorder.node_event(kind, "R", format!("message {recorded}"));
+            tokio::time::sleep(pace).await;
+        }
+        drop(recorder);
+        task.await.unwrap();
+        assert_eq!(api.seen().len(), recorded);
+        std::mem::take(&mut *times.lock().unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn news_waits_for_a_quiet_moment_and_trouble_does_not() {
+        let (pace, until) = (Duration::from_millis(300), Duration::from_secs(1));
+        assert_eq!(sent_at(EventType::Normal, pace, until).await, [250, 550, 850, 1150]);
+        let pace = Duration::from_millis(110);
+        let times = sent_at(EventType::Normal, pace, Duration::from_millis(2400)).await;
+        // the rest at the end of the recorder
+        assert_eq!((times[0], times[18], times[19]), (2000, 2000, 2420), "{times:?}");
+        assert_eq!(sent_at(EventType::Warning, pace, Duration::from_millis(150)).await, [0, 110]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_held_back_is_sent_before_the_end() {
+        let api = FakeApi::default();
+        let (recorder, task) = EventRecorder::new("n", api.client(), &KubeletConfiguration::default());
+        let _sending = tokio::spawn(task);
+        let start = Instant::now();
+        recorder.node_event(EventType::Normal, "R", "m".to_owned());
+        recorder.flush(Duration::from_secs(1)).await;
+        assert_eq!((api.seen().len(), start.elapsed()), (1, Duration::ZERO));
+        let (stuck, _task) = EventRecorder::new("n", api.client(), &KubeletConfiguration::default());
+        stuck.flush(Duration::from_secs(1)).await;
+        assert_eq!(start.elapsed(), Duration::from_secs(1));
     }
 
     #[tokio::test]
