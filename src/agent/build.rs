@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::net::IpAddr;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -127,6 +127,7 @@ pub(super) async fn build(config: &Arc<Config>, cluster: &Cluster) -> Result<Arc
         allocatable,
         devices: Arc::new(DeviceManager::open(&config.paths.root_dir)),
         sources_ready: AtomicBool::new(false),
+        steps: AtomicUsize::new(0),
         shims: Mutex::new(HashMap::new()),
         shutting_down: AtomicBool::new(false),
         memory_due: AtomicBool::new(false),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -82,6 +82,8 @@ pub struct Node {
     pub devices: Arc<DeviceManager>,
     /// All sources have told which Pods they have.
     pub(super) sources_ready: AtomicBool,
+    /// Steps towards a running container that are being taken now, of all Pods.
+    pub(super) steps: AtomicUsize,
     pub(super) shims: Mutex<HashMap<String, Shim>>,
     pub(super) shutting_down: AtomicBool,
     /// Memory of Pods that are gone is about to be given back.
@@ -197,9 +199,31 @@ fn outcome<T>(result: Result<T, Failure>, done: impl FnOnce(T) -> Outcome) -> Ou
 /// The effects need the `Arc` they live in (shims outlive a call): this is it.
 pub struct NodeEffects(pub Arc<Node>);
 
+/// More [`Step`]s at once than this keep the node's processors, or its disk, busy.
+const MANY_STEPS: usize = 8;
+
+/// A step towards a running container, for as long as it takes.
+struct Step<'a>(&'a AtomicUsize);
+
+impl<'a> Step<'a> {
+    fn of(action: &Action, steps: &'a AtomicUsize) -> Option<Self> {
+        matches!(action, Action::MountVolumes | Action::SetUpSandbox | Action::Start(_)).then(|| {
+            steps.fetch_add(1, Ordering::Relaxed);
+            Self(steps)
+        })
+    }
+}
+
+impl Drop for Step<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Effects for NodeEffects {
     async fn perform(&self, request: Request) -> Outcome {
         let node = &self.0;
+        let _step = Step::of(&request.action, &node.steps);
         match request.action.clone() {
             Action::Admit => node.admit(&request).await,
             Action::MountVolumes => outcome(node.mount_volumes(&request).await, |()| Outcome::Done),
@@ -242,8 +266,8 @@ impl Effects for NodeEffects {
         answer
     }
 
-    fn is_api_busy(&self) -> bool {
-        self.0.api.as_ref().is_some_and(|api| api.is_busy())
+    fn is_busy(&self) -> bool {
+        self.0.steps.load(Ordering::Relaxed) > MANY_STEPS || self.0.api.as_ref().is_some_and(|api| api.is_busy())
     }
 
     async fn delete(&self, desired: Arc<Desired>) -> ApiAnswer {

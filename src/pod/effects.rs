@@ -122,8 +122,9 @@ pub trait Effects: Send + Sync + 'static {
         status: PodStatus,
     ) -> impl Future<Output = ApiAnswer> + Send;
 
-    /// Whether there is much else to tell the API server: what is not important should wait.
-    fn is_api_busy(&self) -> bool;
+    /// Whether many Pods are being started, or there is much else to tell the API server: what is not important should
+    /// wait.
+    fn is_busy(&self) -> bool;
 
     /// Deletes the API object with grace 0 and the UID as precondition.
     fn delete(&self, desired: Arc<Desired>) -> impl Future<Output = ApiAnswer> + Send;

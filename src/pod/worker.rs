@@ -24,7 +24,7 @@ use crate::resources::devices::DeviceHealth;
 /// Status changes that nobody waits for are held back this long, so that a quick start is one patch.
 const REPORT_DELAY: SignedDuration = SignedDuration::from_millis(120);
 /// The same for a Pod of which nothing runs yet: that it is being started is worth a patch only if it takes a while.
-/// Or, while the API server is asked for much else, until the second time has passed.
+/// Or, while many Pods are being started or the API server is asked for much else, until the second time has passed.
 const STARTING_DELAY: (SignedDuration, SignedDuration) = (SignedDuration::from_secs(1), SignedDuration::from_secs(5));
 /// First and longest delay after a status report that failed, seconds.
 const REPORT_RETRY: (i64, i64) = (1, 30);
@@ -403,7 +403,7 @@ impl<E: Effects> Worker<E> {
             let changed_at = *self.api.changed_at.get_or_insert(now);
             let due = if !only_starts(base) || !only_starts(&current) {
                 changed_at + REPORT_DELAY
-            } else if self.effects.is_api_busy() {
+            } else if self.effects.is_busy() {
                 (now + STARTING_DELAY.0).min(changed_at + STARTING_DELAY.1)
             } else {
                 changed_at + STARTING_DELAY.0

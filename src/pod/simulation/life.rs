@@ -304,7 +304,7 @@ impl Effects for Life {
         if self.chance(5) { ApiAnswer::Failed("timeout".to_owned()) } else { answer }
     }
 
-    fn is_api_busy(&self) -> bool {
+    fn is_busy(&self) -> bool {
         self.now().as_second() % 3 == 0
     }
 
