@@ -136,7 +136,7 @@ fn create(request: &CreateRequest, stdio: Stdio, report: OwnedFd) -> Done {
     save_filter(dir, filter.as_ref())?;
 
     let trees = mounts::clone_all(&setup.mounts)?;
-    leave_other_pods(dir)?;
+    leave_other_mounts(dir)?;
     let rootfs = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let config_mounts: Vec<PathBuf> = spec.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
     mounts::make_mount_points(&rootfs, &trees, &config_mounts)?;
@@ -169,10 +169,10 @@ fn create(request: &CreateRequest, stdio: Stdio, report: OwnedFd) -> Done {
 }
 
 /// The volumes are to be cloned before: what others mount below them may propagate to the container.
-fn leave_other_pods(container_dir: &Path) -> Result<(), String> {
+fn leave_other_mounts(container_dir: &Path) -> Result<(), String> {
     // <Pod>/containers/<id>
     let Some(pod_dir) = container_dir.ancestors().nth(2) else { return Ok(()) };
-    isolate::leave_other_pods(pod_dir).map_err(|e| format!("leave the mounts of other Pods: {e}"))
+    isolate::leave_other_mounts(pod_dir).map_err(|e| format!("leave the mounts of other Pods: {e}"))
 }
 
 /// libcontainer changes to a directory before our volumes are there, and fails if it is missing; runc makes it.
