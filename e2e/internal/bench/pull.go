@@ -142,8 +142,18 @@ func forgetByCRI(ctx context.Context, socket, image string) error {
 		return fmt.Errorf("list containers: %w", err)
 	}
 	for _, container := range containers.Containers {
-		if _, err := runtime.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: container.Id}); err != nil {
-			return fmt.Errorf("remove container %s: %w", container.Id, err)
+		for {
+			_, err := runtime.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: container.Id})
+			if err == nil {
+				break
+			}
+			// kubelet may be at it as well; once that is done, removing it again is no error
+			if !strings.Contains(err.Error(), "already in removing state") {
+				return fmt.Errorf("remove container %s: %w", container.Id, err)
+			}
+			if err := pause(ctx, 50*time.Millisecond); err != nil {
+				return fmt.Errorf("remove container %s, which kubelet removes: %w", container.Id, err)
+			}
 		}
 	}
 	if _, err := runtimeapi.NewImageServiceClient(connection).RemoveImage(ctx, &runtimeapi.RemoveImageRequest{
