@@ -192,7 +192,6 @@ type events struct {
 
 type event struct {
 	pod, message string
-	at           time.Time
 }
 
 func (b *Bench) watchEvents(ctx context.Context, reason string) (*events, error) {
@@ -210,7 +209,7 @@ func (b *Bench) watchEvents(ctx context.Context, reason string) (*events, error)
 	go func() {
 		for change := range w.ResultChan() {
 			if object, ok := change.Object.(*corev1.Event); ok {
-				e.seen <- event{object.InvolvedObject.Name, object.Message, time.Now()}
+				e.seen <- event{object.InvolvedObject.Name, object.Message}
 			}
 		}
 	}()
