@@ -304,3 +304,18 @@ impl Effects for NodeEffects {
         self.0.addresses.iter().map(ToString::to_string).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_count_while_they_are_taken() {
+        let steps = AtomicUsize::new(0);
+        let taken = [Step::of(&Action::MountVolumes, &steps), Step::of(&Action::SetUpSandbox, &steps)];
+        let none = Step::of(&Action::TearDown, &steps);
+        assert_eq!((steps.load(Ordering::Relaxed), none.is_none()), (2, true));
+        drop(taken);
+        assert_eq!(steps.load(Ordering::Relaxed), 0);
+    }
+}

@@ -51,7 +51,8 @@ impl Copy {
 /// Moves the calling thread into a mount namespace that has the root's file system, [`NEEDED`], and `pod_dir` with the
 /// mounts in it; of other mounts only those that lead there.
 ///
-/// Does nothing if the directory of all Pods, in which `pod_dir` is, is no mount of its own. What is mounted in the node's
+/// Where that cannot be (an initial ramdisk as the root, symbolic links in the path), only the mounts of other Pods'
+/// directories go. Does nothing if the directory of all Pods, in which `pod_dir` is, is no mount of its own. What is mounted in the node's
 /// namespace from now on is not seen.
 pub(super) fn leave_other_mounts(pod_dir: &Path) -> io::Result<()> {
     let Some(pods) = pod_dir.parent() else { return Ok(()) };
@@ -63,16 +64,11 @@ pub(super) fn leave_other_mounts(pod_dir: &Path) -> io::Result<()> {
     for path in NEEDED.map(Path::new) {
         copies.push(Copy::with_all_below(path)?);
     }
-    // As it is written, and as it is if there are symbolic links in it.
-    let mut ways = vec![pods.to_owned()];
-    ways.extend(pods.canonicalize().ok().filter(|canonical| canonical != pods));
-    for way in &ways {
-        let mut parts: Vec<&Path> = way.ancestors().filter(|path| path.parent().is_some()).collect();
-        parts.reverse();
-        for path in parts {
-            if is_mount(path)? {
-                copies.push(Copy::alone(path)?);
-            }
+    let mut way: Vec<&Path> = pods.ancestors().filter(|path| path.parent().is_some()).collect();
+    way.reverse();
+    for path in way {
+        if is_mount(path)? {
+            copies.push(Copy::alone(path)?);
         }
     }
     let own = Copy::with_all_below(pod_dir)?;
@@ -80,6 +76,10 @@ pub(super) fn leave_other_mounts(pod_dir: &Path) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     // or unmounting would propagate to the node
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?;
+    // Where symbolic links lead through is not copied: with such a path the node's mounts are needed.
+    if pods.canonicalize()? != pods {
+        return unmount_pods(pods, &own);
+    }
     // anywhere: it is about to be the root
     root.attach(pods)?;
     chdir(pods)?;
@@ -96,13 +96,16 @@ pub(super) fn leave_other_mounts(pod_dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// An initial ramdisk cannot be replaced as the root: all mounts stay but those in the directories of other Pods.
+/// An initial ramdisk cannot be replaced as the root: the new one goes from where it was to become that.
 fn keep_root(pods: &Path, own: &Copy) -> io::Result<()> {
     chdir("/")?;
-    // The new root that it has not become, and the Pods.
-    for _ in 0..2 {
-        umount2(pods, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
-    }
+    umount2(pods, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+    unmount_pods(pods, own)
+}
+
+/// All mounts stay but those in the directories of other Pods.
+fn unmount_pods(pods: &Path, own: &Copy) -> io::Result<()> {
+    umount2(pods, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
     // the directory is there without the mount as well: it was bound to itself
     own.attach(&own.path)
 }
@@ -194,9 +197,12 @@ mod tests {
         let ours = |points: &[PathBuf]| points.iter().filter(|point| point.starts_with(&root)).count();
         assert_eq!(ours(&points()), ours(&before), "the node keeps its mounts, and gets no others");
 
-        let link = root.join("link");
-        std::os::unix::fs::symlink(&pods, &link).unwrap();
-        assert!(seen_after(&link.join("own"), None).contains(&own.join("shm")), "by a symbolic link");
+        // Through another mount, which the way to where it leads is not.
+        let link = root.join("volumes/link");
+        std::os::unix::fs::symlink(&root, &link).unwrap();
+        let seen = seen_after(&link.join("pods/own"), None);
+        assert!(seen.contains(&own.join("shm")), "by a symbolic link: {seen:?}");
+        assert!(!seen.iter().any(|point| point.starts_with(&other)), "by a symbolic link: {seen:?}");
     }
 
     #[test]
